@@ -1,0 +1,1 @@
+../../qmir_ao/__init__.py

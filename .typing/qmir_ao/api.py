@@ -1,0 +1,1 @@
+../../qmir_ao/api.py

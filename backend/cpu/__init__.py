@@ -1,0 +1,3 @@
+"""CPU target: importing it registers the C++ kernels (compiled on first call)."""
+
+import qmir_ao.backend.cpu.selective_scan  # noqa: F401

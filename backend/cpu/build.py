@@ -1,0 +1,142 @@
+"""Compile the C++ kernels on first use and load them through ctypes.
+
+The library has a plain C interface and links to nothing of torch, so one build serves every torch
+release. It is cached under a key of sources, compiler and instruction set; without a compiler the
+reference operators run and one warning says so.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-Wall"]
+# One multiply-add rounded twice, as torch does it: the reference operators and the kernels agree
+# to the byte only without contraction. -fno-trapping-math lets loops with selects vectorize.
+FLAGS += ["-ffp-contract=off", "-fno-trapping-math"]
+ISA = {
+    "scalar": ["-mno-avx", "-fno-tree-vectorize"],
+    "avx2": ["-mavx2", "-mfma", "-mprefer-vector-width=256"],
+    "avx512": ["-march=native", "-mprefer-vector-width=512"],
+    "native": ["-march=native", "-mprefer-vector-width=512"],
+}
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled here; the caller falls back to the reference operators."""
+
+
+def cache_dir() -> Path:
+    """Folder of compiled kernels: `$QMIR_CACHE_DIR`, else the user's cache folder."""
+    root = os.environ.get("QMIR_CACHE_DIR")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qmir_ao"
+
+
+def compiler() -> str | None:
+    """Path of the user's C++ compiler (`$CXX`, g++, clang++), or None."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def sources() -> tuple[list[Path], Path]:
+    """The `.cpp` files of the CPU backend and the folder of headers shared with CUDA."""
+    here = Path(__file__).resolve().parent
+    shared = Path(str(resources.files("qmir_ao.cuda") / "include"))
+    return sorted((here / "csrc").glob("*.cpp")), shared
+
+
+def _isa_flags(cxx: str) -> list[str]:
+    isa = os.environ.get("QMIR_ISA", "native")
+    if isa not in ISA:
+        raise BuildError(f"QMIR_ISA={isa!r} is unknown; allowed: {', '.join(ISA)}")
+    flags = ISA[isa]
+    probe = subprocess.run(
+        [cxx, *flags, "-x", "c++", "-fsyntax-only", "-"], input="", capture_output=True, text=True
+    )
+    # Some compilers know neither -march=native nor these flags on their architecture.
+    return flags if probe.returncode == 0 else []
+
+
+def _key(files: list[Path], command: list[str], cxx: str) -> str:
+    digest = hashlib.sha256()
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
+    # -march=native means another machine code on another CPU: a home folder may be shared.
+    macros = subprocess.run(
+        [cxx, *command, "-x", "c++", "-dM", "-E", "-"], input="", capture_output=True, text=True
+    ).stdout
+    for text in (version, macros, " ".join(command), *(f.name + f.read_text() for f in files)):
+        digest.update(text.encode())
+    return digest.hexdigest()[:24]
+
+
+def build() -> Path:
+    """Compile the kernels if the cache lacks them; return the path of the shared library.
+
+    Raises:
+        BuildError: no compiler, or the compiler failed (its output is in the message).
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise BuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
+    units, include = sources()
+    headers = sorted(include.glob("*.cuh")) + sorted(units[0].parent.glob("*.h"))
+    flags = [*FLAGS, *_isa_flags(cxx)]
+    target = cache_dir() / f"qmir_cpu_{_key([*units, *headers], flags, cxx)}.so"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
+        compile_only = [flag for flag in flags if flag != "-shared"]
+        jobs = [
+            subprocess.Popen(
+                [cxx, *compile_only, f"-I{include}", "-c", str(unit), "-o", obj],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for unit, obj in zip(units, objects, strict=True)
+        ]
+        failures = [err for job in jobs if (err := job.communicate()[1]) and job.returncode]
+        if failures:
+            raise BuildError(f"{cxx} failed:\n" + "\n".join(failures)[:4000])
+        built = str(Path(scratch) / target.name)
+        link = subprocess.run(
+            [cxx, *flags, *objects, "-o", built], capture_output=True, text=True
+        )
+        if link.returncode:
+            raise BuildError(f"{cxx} failed to link:\n{link.stderr[:4000]}")
+        os.replace(built, target)
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernel library, or None where it cannot be built (one warning says why)."""
+    if os.environ.get("QMIR_DISABLE_NATIVE") == "1":
+        return None
+    try:
+        return ctypes.CDLL(str(build()))
+    except (BuildError, OSError) as error:
+        log.warning(
+            "qmir_ao runs its reference operators, which are slow: %s. "
+            "Install g++ (Debian/Ubuntu: apt install g++) for the CPU kernels.",
+            error,
+        )
+        return None
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Address of a contiguous tensor's data for a C call; NULL for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,0 +1,101 @@
+// Sixteen float lanes as a compiler vector: one AVX-512 register, two AVX2 registers, or whatever
+// the target has. The overloads here make the templates of cuda/include/*.cuh run on it; include
+// this header before those, since templates find overloads of a builtin type only if declared first.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "common.cuh"
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace qmir {
+
+constexpr int kLanes = 16;
+typedef float lanes __attribute__((vector_size(64)));
+typedef int32_t lanes_i __attribute__((vector_size(64)));
+typedef uint32_t lanes_u __attribute__((vector_size(64)));
+
+QMIR_FN lanes load(const float* p) {
+  lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+QMIR_FN void store(float* p, lanes v) { std::memcpy(p, &v, sizeof v); }
+QMIR_FN lanes broadcast(float x) { return lanes{} + x; }
+QMIR_FN lanes lane_max(lanes a, lanes b) { return a > b ? a : b; }
+QMIR_FN lanes lane_min(lanes a, lanes b) { return a < b ? a : b; }
+QMIR_FN lanes lane_abs(lanes a) { return a < lanes{} ? -a : a; }
+
+QMIR_FN lanes fmadd(lanes a, lanes b, lanes c) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  union {
+    lanes v;
+    __m256 h[2];
+  } x{a}, y{b}, z{c};
+  z.h[0] = _mm256_fmadd_ps(x.h[0], y.h[0], z.h[0]);
+  z.h[1] = _mm256_fmadd_ps(x.h[1], y.h[1], z.h[1]);
+  return z.v;
+#else
+  return a * b + c;
+#endif
+}
+
+QMIR_FN lanes pow2_of_magic(lanes shifted) {
+  return (lanes)(((lanes_u)shifted + 127u) << 23);
+}
+
+// Sum of the lanes, always in the same tree order.
+QMIR_FN float reduce_add(lanes v) {
+  float x[kLanes];
+  store(x, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+// Transpose 16 rows of 16 in place: four rounds of interleaving rows i and i + 8.
+QMIR_FN void transpose16(lanes (&r)[kLanes]) {
+  constexpr lanes_i low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr lanes_i high{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  for (int round = 0; round < 4; ++round) {
+    lanes t[kLanes];
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = __builtin_shuffle(r[i], r[i + 8], low);
+      t[2 * i + 1] = __builtin_shuffle(r[i], r[i + 8], high);
+    }
+    std::memcpy(r, t, sizeof t);
+  }
+}
+
+// tile[j] = the `rows` values src[0 * stride + j] .. src[(rows - 1) * stride + j], lanes above
+// `rows` and columns from `cols` on are zero.
+QMIR_FN void load_tile(const float* src, int64_t stride, int rows, int cols,
+                       lanes (&tile)[kLanes]) {
+  if (cols == kLanes) {
+    for (int i = 0; i < kLanes; ++i) tile[i] = i < rows ? load(src + i * stride) : lanes{};
+  } else {
+    float buffer[kLanes] = {};
+    for (int i = 0; i < kLanes; ++i) {
+      if (i < rows) std::memcpy(buffer, src + i * stride, cols * sizeof(float));
+      tile[i] = i < rows ? load(buffer) : lanes{};
+    }
+  }
+  transpose16(tile);
+}
+
+// The inverse of load_tile: rows and columns beyond the given counts are not written.
+QMIR_FN void store_tile(float* dst, int64_t stride, int rows, int cols, lanes (&tile)[kLanes]) {
+  transpose16(tile);
+  for (int i = 0; i < rows; ++i) {
+    float buffer[kLanes];
+    store(buffer, tile[i]);
+    std::memcpy(dst + i * stride, buffer, cols * sizeof(float));
+  }
+}
+
+}  // namespace qmir

@@ -1,0 +1,1 @@
+"""Operators `torch.ops.qmir.*`: schema, reference, shapes, backward. No kernels here."""

@@ -1,0 +1,1 @@
+"""Quantizers, QConfigs and the rules that place them."""

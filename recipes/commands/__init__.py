@@ -1,0 +1,1 @@
+"""The subcommands of `qmir`, one file each."""

@@ -1,0 +1,61 @@
+"""Named models: `create_model("mambair-light-x2")`."""
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from qmir_ao.errors import ConfigError
+from qmir_ao.recipes.models.mambair import MambaIR
+
+_CLASSIC: dict[str, Any] = {"embed_dim": 180, "depths": (6,) * 6, "d_state": 16}
+_LIGHT: dict[str, Any] = {
+    "upsampler": "pixelshuffledirect",
+    "embed_dim": 60,
+    "depths": (6,) * 4,
+    "d_state": 10,
+    "expand": 1.2,
+}
+_TINY: dict[str, Any] = {
+    "scale": 2,
+    "upsampler": "pixelshuffledirect",
+    "embed_dim": 40,
+    "depths": (2, 2),
+    "d_state": 8,
+    "expand": 1.2,
+    "drop_path_rate": 0.0,
+}
+_SUPER = {**_CLASSIC, "upsampler": "pixelshuffle", "expand": 2.0}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mambair-tiny-x2": _TINY,
+    **{f"mambair-light-x{s}": {**_LIGHT, "scale": s} for s in (2, 3, 4)},
+    **{f"mambair-x{s}": {**_SUPER, "scale": s} for s in (2, 3, 4)},
+    "mambair-denoise": {**_CLASSIC, "expand": 1.2},
+    "mambair-jpeg": {**_CLASSIC, "expand": 1.2, "in_channels": 1},
+}
+"""Name to the arguments of `MambaIR`."""
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows."""
+    return list(MODELS)
+
+
+def create_model(name: str, pretrained: bool = False) -> nn.Module:
+    """Build a model by name, in training mode, with fresh or shipped weights.
+
+    Args:
+        name: one of `list_models()`.
+        pretrained: load the weights that come with this package (`mambair-tiny-x2` only).
+
+    Raises:
+        ConfigError: unknown name, or no weights come with this model.
+        CheckpointError: the shipped file is damaged.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(str(name), MODELS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(MODELS)}"
+        raise ConfigError(f"create_model: unknown model {name!r}; {hint}")
+    model = MambaIR(**MODELS[name])
+    return model

@@ -1,0 +1,42 @@
+"""Fixtures of all tests: fixed seeds, poisoned allocations, the hypothesis profile."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+import qmir_ao.backend.cpu  # noqa: F401  (registers the CPU kernels)
+
+hypothesis.settings.register_profile(
+    "qmir",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qmir"))
+
+_EMPTY = torch.empty
+_EMPTY_LIKE = torch.empty_like
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not tensor.is_sparse:
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        elif tensor.dtype in (torch.int8, torch.uint8, torch.int32, torch.int64):
+            tensor.fill_(torch.iinfo(tensor.dtype).max)
+    return tensor
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill fresh buffers with NaN or the largest integer: a kernel that skips one is seen."""
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(_EMPTY(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(_EMPTY_LIKE(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
