@@ -14,6 +14,7 @@ from qmir_ao.errors import ConfigError, ImageError
 from qmir_ao.recipes.data import bicubic_downscale, crop_to_multiple, to_pixels, to_tensor
 from qmir_ao.recipes.images import Pixels, list_images, read_image
 from qmir_ao.recipes.metrics import psnr_y, ssim_y
+from qmir_ao.recipes.restore import restore_pixels
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def evaluate(
     scale: int,
     low_folder: Path | None = None,
     border: int | None = None,
+    tile: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run a network over a folder of ground-truth images and score the results.
@@ -76,6 +78,7 @@ def evaluate(
         scale: factor of the network; inputs are made by `bicubic_downscale`.
         low_folder: inputs named `<name>.png` or `<name>x<scale>.png`, instead of downscaling.
         border: pixels cropped before scoring; the scale by default, as published.
+        tile: section length for large images, or None to run images whole.
         progress: called with (done, total) after each image.
 
     Raises:
@@ -86,14 +89,11 @@ def evaluate(
         raise ConfigError(f"evaluate: scale must be at least 2, got {scale}")
     edge = scale if border is None else border
     paths = list_images(Path(folder))
-    training = model.training
-    model.eval()
     scores = []
     for done, path in enumerate(paths, start=1):
         truth = crop_to_multiple(read_image(path), scale)
         low = _low(path, truth, scale, low_folder)
-        with torch.inference_mode():
-            image = to_pixels(model(to_tensor(low)[None])[0])
+        image = restore_pixels(model, low, scale=scale, tile=tile)
         bicubic = bicubic_upscale(low, scale)
         scores.append(
             ImageScore(
@@ -106,7 +106,6 @@ def evaluate(
         )
         if progress is not None:
             progress(done, len(paths))
-    model.train(training)
     return Evaluation(scale, edge, scores)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qmir_ao.errors import ConfigError, ImageError
+from qmir_ao.errors import ConfigError, ImageError, QmirError
 
 Pixels = npt.NDArray[Any]
 
@@ -26,7 +26,7 @@ DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats that hold 16 bits per channel."""
 JPEG_QUALITY = 95
 # Only plain raster decoders: Pillow also knows formats that start other programs (EPS).
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 _TIFF_BITS, _ORIENTATION = 258, 0x0112
 
 
@@ -83,16 +83,20 @@ def read_image(path: Path, channels: int = 3) -> Pixels:
 
 
 def load_image(path: Path, channels: int = 3) -> LoadedImage:
-    """Read a file with its depth and alpha; see `read_image` for arguments and errors."""
+    """Read a file with its depth and alpha; see `read_image` for arguments and errors.
+
+    The EXIF orientation is applied, palettes are expanded, CMYK becomes RGB, and of an animation
+    the first frame is taken.
+    """
     path = Path(path)
     try:
         raw = _decode(path)
-    except ImageError:
+    except QmirError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError...
         raise ImageError(
-            f"{path}: cannot be decoded ({type(error).__name__}: {error}); "
-            "the file is damaged, truncated or not an image"
+            f"{path}: cannot be read ({type(error).__name__}: {error}); "
+            f"it must be a complete image file ({_suffixes()})"
         ) from error
     return _split(raw, channels)
 
@@ -202,8 +206,7 @@ def write_image(path: Path, pixels: Pixels, alpha: Pixels | None = None) -> None
         raise ImageError(f"{path}: cannot write {suffix or 'no suffix'!r}; use {WRITABLE}")
     if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim != 3:
         raise ImageError(
-            f"{path}: pixels must be uint8 or uint16 (H, W, C), "
-            f"got {pixels.dtype} {pixels.shape}"
+            f"{path}: pixels must be uint8 or uint16 (H, W, C), got {pixels.dtype} {pixels.shape}"
         )
     layers = [pixels[:, :, ::-1]]
     if alpha is not None and suffix in ALPHA_SUFFIXES:

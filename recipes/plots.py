@@ -21,7 +21,8 @@ CSS_COLOURS = {
 INK, MUTED, LINE, *SERIES = CSS_COLOURS
 MARKERS = {"linear": "o", "conv2d": "s", "selective_scan": "D"}
 KIND_LABELS = {"linear": "linear", "conv2d": "convolution", "selective_scan": "selective scan"}
-_STYLE = {
+# Any: matplotlib types its settings by a literal of their three hundred names.
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qmir_ao",
     "font.family": "sans-serif",
@@ -42,7 +43,8 @@ def _svg(figure: Figure, title: str) -> str:
     """Serialise a figure without document header, metadata and fixed size."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+    canvas: Any = FigureCanvasSVG(figure)
+    canvas.print_svg(buffer, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -101,13 +103,11 @@ def sqnr_plot(operators: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                     kinds.add(kind)
                     axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5)
         for kind in (kind for kind in MARKERS if kind in kinds):
-            axes.plot(
-                [], [], MARKERS[kind], color=MUTED, markersize=5, label=KIND_LABELS[kind]
-            )
+            axes.plot([], [], MARKERS[kind], color=MUTED, markersize=5, label=KIND_LABELS[kind])
         axes.set_xlabel("operator, in the order in which the network runs them")
         axes.set_ylabel("SQNR in dB")
+        axes.margins(x=0.02, y=0.08)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.margins(x=0.02)
         figure.legend(loc="outside upper left", ncols=5, frameon=False, handlelength=1.2)
         return _svg(figure, "Signal to quantization noise ratio of every operator")
 

@@ -13,13 +13,18 @@ from typing import Any
 import numpy as np
 
 from qmir_ao.recipes.images import Pixels, atomic_write
+from qmir_ao.recipes.metrics import luma
 
 Document = Mapping[str, Any]
 
 TEMPLATE = "report.html.j2"
-ERROR_PEAK = 32.0
+ERROR_PEAK = 64.0
 """Absolute error in grey levels that the error maps show as the brightest colour."""
 OVERVIEW_SIDE = 420
+SQNR_NOTE = (
+    "Signal to quantization noise ratio of each integer operator on one held-out image: how far "
+    "quantizing moved its output. Higher is better; 6 dB are about one bit."
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ def error_map(restored: Pixels, truth: Pixels) -> Pixels:
     """Absolute luma error in colours: black is none, white is `ERROR_PEAK` grey levels or more."""
     import matplotlib as mpl
 
-    luma = np.array([65.481, 128.553, 24.966]) / 255.0
-    difference = np.abs((restored.astype(np.float64) - truth.astype(np.float64)) @ luma)
+    difference = np.abs(luma(restored) - luma(truth))
     colours = mpl.colormaps["inferno"](np.clip(difference / ERROR_PEAK, 0.0, 1.0))
     return np.ascontiguousarray((colours[:, :, :3] * 255.0).round().astype(np.uint8))
 
@@ -87,7 +91,7 @@ def _overview(picture: Picture) -> dict[str, Any]:
 
 def _panels(picture: Picture, document: Document) -> list[dict[str, Any]]:
     """Crops and error maps in the order of the methods, the truth last."""
-    scores = next(image for image in document["images"] if image["name"] == picture.name)
+    scores = {image["name"]: image for image in document["images"]}[picture.name]
     truth = _cut(picture.truth, picture.crop)
     panels = []
     for method in document["methods"]:
@@ -106,6 +110,10 @@ def _panels(picture: Picture, document: Document) -> list[dict[str, Any]]:
 
 def _kilobytes(count: float) -> str:
     return f"{count / 1000:,.1f} kB"
+
+
+def _signed(decibels: float) -> str:
+    return f"{decibels:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def render(document: Document, pictures: list[Picture]) -> str:
@@ -129,7 +137,7 @@ def render(document: Document, pictures: list[Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["kilobytes"] = _kilobytes
+    environment.filters |= {"kilobytes": _kilobytes, "signed": _signed}
     quantized = [method for method in document["methods"] if method["weight_bits"] < 32]
     return environment.get_template(TEMPLATE).render(
         report=document,
@@ -146,6 +154,7 @@ def render(document: Document, pictures: list[Picture]) -> str:
             for picture in pictures
         ],
         error_peak=int(ERROR_PEAK),
+        sqnr_note=SQNR_NOTE,
         sqnr_svg=sqnr_plot({m["label"]: m["operators"] for m in quantized}),
         loss_svg=loss_plot({m["label"]: m["loss"] for m in quantized}),
     )
@@ -155,7 +164,11 @@ def write(document: Document, pictures: list[Picture], folder: Path) -> tuple[Pa
     """Write `report.html` and `report.json` into `folder`, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     page, facts = folder / "report.html", folder / "report.json"
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    atomic_write(page, render(document, pictures).encode())
-    atomic_write(facts, text.encode())
+    # Both texts exist before the first file does.
+    contents = {
+        facts: json.dumps(document, indent=2, allow_nan=False) + "\n",
+        page: render(document, pictures),
+    }
+    for path, text in contents.items():
+        atomic_write(path, text.encode())
     return page, facts

@@ -1,56 +1,112 @@
 """The Lightning module behind `qmir_ao.recipes.train`; imported only when training starts."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
+from qmir_ao.errors import NonFiniteError
+from qmir_ao.recipes.checkpoint import save_weights
 
-def learning_rate_factor(step: int, total: int, warmup: int) -> float:
-    """Share of the full learning rate at a step: linear warm-up, then a cosine to zero."""
+BETAS = (0.9, 0.99)
+MILESTONES = (0.5, 0.75, 0.875, 0.9375)
+"""Shares of the run after which the `steps` schedule halves the learning rate, as published."""
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Share of the full learning rate at a step: linear warm-up, then `cosine` or `steps`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    if schedule == "steps":
+        return 0.5 ** sum(step >= share * total for share in MILESTONES)
     done = (step - warmup) / max(total - warmup, 1)
     return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
-class RestorationModule(lightning.LightningModule):
-    """L1 training of a restoration network with Adam and a cosine schedule.
+class RestorationModule(LightningModule):
+    """L1 training of a restoration network with Adam.
 
     Args:
         model: network from (B, C, h, w) to (B, C, s*h, s*w).
         learning_rate: highest learning rate.
         iterations: length of the schedule.
         warmup: iterations of linear warm-up.
+        schedule: "cosine" (to zero) or "steps" (halved at MILESTONES).
     """
 
     def __init__(
-        self, model: nn.Module, *, learning_rate: float, iterations: int, warmup: int
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        iterations: int,
+        warmup: int,
+        schedule: str,
     ) -> None:
         super().__init__()
         self.model = model
-        self.rate, self.iterations, self.warmup = learning_rate, iterations, warmup
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.rate, self.iterations = learning_rate, iterations
+        self.warmup, self.schedule = warmup, schedule
+        self.last_loss = math.nan
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Mean absolute error of one batch."""
+        """Mean absolute error of one batch.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
+        """
         low, high = batch
         loss = l1_loss(self.model(low), high)
-        self.log("loss", loss.detach(), prog_bar=True)
+        self.last_loss = float(loss.detach())
+        if not math.isfinite(self.last_loss):
+            raise NonFiniteError(
+                f"training: the loss is {self.last_loss} at iteration {index}, it must be finite; "
+                f"lower the learning rate (now {self.rate}) or check the images"
+            )
         return loss
 
     def configure_optimizers(self) -> Any:
         """Adam with a learning rate that changes at every iteration."""
-        optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=self.rate, betas=(0.9, 0.99), fused=True
-        )
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate, betas=BETAS, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.iterations, self.warmup)
+            optimizer,
+            lambda step: learning_rate_factor(step, self.iterations, self.warmup, self.schedule),
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+class Report(Callback):
+    """Call `progress(done, total, loss)` after each iteration and save snapshots.
+
+    Args:
+        progress: called after each iteration, or None.
+        snapshot: file that is overwritten every `save_every` iterations, or None.
+        save_every: iterations between snapshots; 0 for none.
+    """
+
+    def __init__(
+        self,
+        progress: Callable[[int, int, float], None] | None,
+        snapshot: Path | None,
+        save_every: int,
+    ) -> None:
+        self.progress, self.snapshot, self.save_every = progress, snapshot, save_every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Report one iteration."""
+        assert isinstance(module, RestorationModule)
+        done = trainer.global_step
+        if self.progress is not None:
+            self.progress(done, module.iterations, module.last_loss)
+        if self.snapshot is not None and self.save_every and done % self.save_every == 0:
+            save_weights(module.model, self.snapshot, {"iterations": done})

@@ -1,4 +1,4 @@
-"""Size limits and promises that no linter checks: short files, short functions, nothing unfinished."""
+"""Limits and promises that no linter checks: short files and functions, nothing unfinished."""
 
 import ast
 import re

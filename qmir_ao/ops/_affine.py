@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from qmir_ao.errors import NonFiniteError
+
 
 def check_range(op: str, quant_min: int, quant_max: int) -> None:
     """Refuse a code range that does not belong to 2..8 bits, or leaves zero out."""
@@ -52,3 +54,18 @@ def round_to_grid(ratio: torch.Tensor, quant_min: int, quant_max: int) -> torch.
 def column(values: torch.Tensor) -> torch.Tensor:
     """(G,) as (G, 1), to meet rows of (G, N)."""
     return values.reshape(-1, 1)
+
+
+def non_finite(op: str, where: str) -> NonFiniteError:
+    """The error for a tensor that has no quantization step; `where` names the part at fault."""
+    return NonFiniteError(
+        f"qmir::{op}: {where} holds NaN or infinity (or its learned scalars do), so nothing can be "
+        "quantized; every value must be finite: look for a diverged layer before this quantizer, "
+        "or lower the learning rate"
+    )
+
+
+def check_finite(op: str, where: str, values: torch.Tensor) -> None:
+    """Raise `NonFiniteError` where a value is NaN or infinite."""
+    if not bool(torch.isfinite(values).all()):
+        raise non_finite(op, where)

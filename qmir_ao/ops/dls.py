@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from qmir_ao.errors import NonFiniteError
 from qmir_ao.ops._affine import (
     as_rows,
     check_range,
@@ -26,6 +25,7 @@ from qmir_ao.ops._affine import (
     column,
     compute_dtype,
     group_count,
+    non_finite,
     round_to_grid,
 )
 from qmir_ao.ops._library import define
@@ -52,15 +52,6 @@ class Prediction(NamedTuple):
         return centre, self.std, self.low + self.shift, self.high + self.shift
 
 
-def non_finite(op: str, group: int) -> NonFiniteError:
-    """The error for an activation that has no quantization step."""
-    return NonFiniteError(
-        f"qmir::{op}: sample {group} of x holds NaN or infinity (or its learned scalars do), so no "
-        "step exists for it; every value must be finite: look for a diverged layer before this "
-        "quantizer, or lower the learning rate"
-    )
-
-
 def _statistics(op: str, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     count = rows.shape[1]
     if count == 0:
@@ -68,7 +59,7 @@ def _statistics(op: str, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return zero, zero, zero, zero
     finite = torch.isfinite(rows).all(dim=1)
     if not bool(finite.all()):
-        raise non_finite(op, int((~finite).nonzero()[0]))
+        raise non_finite(op, f"sample {int((~finite).nonzero()[0])} of x")
     pivot = rows[:, :1].double()
     # Deviations from the first element: a constant group gets a spread of exactly zero.
     deviation = rows.double() - pivot
@@ -88,15 +79,14 @@ def predict(
     cap: bool,
 ) -> Prediction:
     """Statistics, step and shift of each row of `rows` (G, N)."""
+    check_scalars(op, scale_weights, shift_weights)
     w, v = scale_weights.to(rows.dtype), shift_weights.to(rows.dtype)
     mean, std, low, high = _statistics(op, rows)
     shift = v[0] * mean + v[1] * std + v[2] * low + v[3] * high
-    raw = (
-        w[0] * (mean + shift).abs() + w[1] * std + w[2] * (low + shift) + w[3] * (high + shift)
-    )
+    raw = w[0] * (mean + shift).abs() + w[1] * std + w[2] * (low + shift) + w[3] * (high + shift)
     finite = torch.isfinite(raw) & torch.isfinite(shift)
     if not bool(finite.all()):
-        raise non_finite(op, int((~finite).nonzero()[0]))
+        raise non_finite(op, f"sample {int((~finite).nonzero()[0])} of x")
     limit = (high - low) / levels if cap else None
     step = raw.abs() if limit is None else torch.minimum(raw.abs(), limit)
     return Prediction(mean, std, low, high, raw, limit, step.clamp(min=STEP_EPS), shift)
@@ -247,7 +237,11 @@ def dls_qparams(
 
 
 def dls_quantize(
-    x: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, quant_min: int = -8, quant_max: int = 7
+    x: torch.Tensor,
+    step: torch.Tensor,
+    shift: torch.Tensor,
+    quant_min: int = -8,
+    quant_max: int = 7,
 ) -> torch.Tensor:
     """Codes round_half_even(clip((x + shift) / step)) of activations.
 

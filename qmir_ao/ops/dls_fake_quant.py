@@ -144,7 +144,10 @@ def _dls_fake_quant_fake(
 
 
 def _dls_fake_quant_backward_fake(
-    grad: torch.Tensor, x: torch.Tensor, scale_weights: torch.Tensor, shift_weights: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    scale_weights: torch.Tensor,
+    shift_weights: torch.Tensor,
     *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (

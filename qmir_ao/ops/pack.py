@@ -16,7 +16,8 @@ CONTAINERS = (2, 4, 8)
 """Container widths. A 3-bit code travels in 4 bits, 5 to 7 bits in 8."""
 
 
-def _check_container(op: str, bits: int) -> None:
+def check_container(op: str, bits: int) -> None:
+    """Refuse widths that do not divide a byte."""
     torch._check(
         bits in CONTAINERS, lambda: f"qmir::{op}: bits must be a container of 2, 4 or 8, got {bits}"
     )
@@ -29,7 +30,7 @@ def packed_bytes(numel: int, bits: int) -> int:
 
 def pack_ref(q: torch.Tensor, bits: int) -> torch.Tensor:
     """Reference of `qmir::pack`."""
-    _check_container("pack", bits)
+    check_container("pack", bits)
     per_byte = 8 // bits
     codes = q.reshape(-1)
     codes = torch.nn.functional.pad(codes, (0, -codes.numel() % per_byte))
@@ -40,8 +41,8 @@ def pack_ref(q: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_ref(packed: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
     """Reference of `qmir::unpack`."""
-    _check_container("unpack", bits)
-    _check_length(packed, bits, numel)
+    check_container("unpack", bits)
+    check_length(packed, bits, numel)
     per_byte = 8 // bits
     places = torch.arange(per_byte, device=packed.device, dtype=torch.int32) * bits
     fields = (packed.reshape(-1, 1).to(torch.int32) >> places) & ((1 << bits) - 1)
@@ -49,7 +50,8 @@ def unpack_ref(packed: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
     return ((fields ^ sign) - sign).reshape(-1)[:numel].to(torch.int8)
 
 
-def _check_length(packed: torch.Tensor, bits: int, numel: int) -> None:
+def check_length(packed: torch.Tensor, bits: int, numel: int) -> None:
+    """Refuse a packed tensor that does not hold `numel` codes."""
     torch._check(
         packed.numel() == packed_bytes(numel, bits),
         lambda: (
@@ -60,7 +62,7 @@ def _check_length(packed: torch.Tensor, bits: int, numel: int) -> None:
 
 
 def _pack_fake(q: torch.Tensor, bits: int) -> torch.Tensor:
-    _check_container("pack", bits)
+    check_container("pack", bits)
     torch._check(
         q.dtype in (torch.int8, torch.uint8),
         lambda: f"qmir::pack: codes must be int8 or uint8, got {q.dtype}",
@@ -69,8 +71,8 @@ def _pack_fake(q: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpack_fake(packed: torch.Tensor, bits: int, numel: int) -> torch.Tensor:
-    _check_container("unpack", bits)
-    _check_length(packed, bits, numel)
+    check_container("unpack", bits)
+    check_length(packed, bits, numel)
     return packed.new_empty((numel,), dtype=torch.int8)
 
 

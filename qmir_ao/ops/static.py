@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 
-from qmir_ao.ops._affine import check_range, compute_dtype, gradient_scale, round_to_grid
+from qmir_ao.ops._affine import (
+    check_finite,
+    check_range,
+    compute_dtype,
+    gradient_scale,
+    round_to_grid,
+)
 from qmir_ao.ops._library import define
 
 
-def _check_single(op: str, step: torch.Tensor, shift: torch.Tensor) -> None:
+def check_single(op: str, step: torch.Tensor, shift: torch.Tensor) -> None:
+    """Refuse more than one step and one shift."""
     torch._check(
         step.numel() == 1 and shift.numel() == 1,
         lambda: (
@@ -31,10 +38,12 @@ def static_fake_quant_ref(
 ) -> torch.Tensor:
     """Reference of `qmir::static_fake_quant`."""
     check_range("static_fake_quant", quant_min, quant_max)
-    _check_single("static_fake_quant", step, shift)
+    check_single("static_fake_quant", step, shift)
     values = x.to(compute_dtype(x)).contiguous()
     step, shift = step.reshape(()).to(values.dtype), shift.reshape(()).to(values.dtype)
-    y = step * round_to_grid((values + shift) / step, quant_min, quant_max) - shift
+    ratio = (values + shift) / step
+    check_finite("static_fake_quant", "x", ratio)
+    y = step * round_to_grid(ratio, quant_min, quant_max) - shift
     return y.to(x.dtype)
 
 
@@ -48,7 +57,7 @@ def static_fake_quant_backward_ref(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Reference of `qmir::static_fake_quant_backward`: gradients of x, step and shift."""
     check_range("static_fake_quant_backward", quant_min, quant_max)
-    _check_single("static_fake_quant_backward", step, shift)
+    check_single("static_fake_quant_backward", step, shift)
     values = x.to(compute_dtype(x)).contiguous()
     upstream = grad.to(values.dtype).contiguous()
     ratio = (values + shift.reshape(()).to(values.dtype)) / step.reshape(()).to(values.dtype)
@@ -70,7 +79,7 @@ def _fake(
     x: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, quant_min: int, quant_max: int
 ) -> torch.Tensor:
     check_range("static_fake_quant", quant_min, quant_max)
-    _check_single("static_fake_quant", step, shift)
+    check_single("static_fake_quant", step, shift)
     return x.new_empty(x.shape)
 
 
@@ -109,7 +118,11 @@ _static_fake_quant = define(
 
 
 def static_fake_quant(
-    x: torch.Tensor, step: torch.Tensor, shift: torch.Tensor, quant_min: int = -8, quant_max: int = 7
+    x: torch.Tensor,
+    step: torch.Tensor,
+    shift: torch.Tensor,
+    quant_min: int = -8,
+    quant_max: int = 7,
 ) -> torch.Tensor:
     """Fake-quantize activations with one learned step and one learned shift.
 
@@ -127,6 +140,7 @@ def static_fake_quant(
         x (...) -> (...).
 
     Raises:
+        NonFiniteError: x holds NaN or infinity.
         RuntimeError: a code range outside 2..8 bits, or more than one step.
 
     Source: the activation quantizer in the published code of arXiv 2503.21970.

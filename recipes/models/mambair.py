@@ -135,6 +135,8 @@ class MambaIR(nn.Module):
         ConfigError: a setting is out of its allowed range.
     """
 
+    mean: Tensor
+
     def __init__(
         self,
         *,
@@ -157,7 +159,7 @@ class MambaIR(nn.Module):
         self.patch_embed = PatchEmbed(embed_dim)
         light = upsampler == "pixelshuffledirect"
         total = sum(depths)
-        rates = iter(torch.linspace(0, drop_path_rate, total).tolist())
+        rates = iter([drop_path_rate * index / max(total - 1, 1) for index in range(total)])
         groups = []
         for depth in depths:
             blocks = [

@@ -74,7 +74,8 @@ class SS2D(nn.Module):
         width = self.rank + 2 * self.d_state
         x_weight = self.x_proj_weight.reshape(K * width, self.inner, 1)
         projected = F.conv1d(xs, x_weight, groups=K).reshape(b, K, width, h * w)
-        dts, b_in, c_out = projected.split([self.rank, self.d_state, self.d_state], dim=2)
+        parts = [self.rank, self.d_state, self.d_state]
+        dts, b_in, c_out = torch.split(projected, parts, dim=2)
         dt_weight = self.dt_projs_weight.reshape(K * self.inner, self.rank, 1)
         dts = F.conv1d(dts.reshape(b, K * self.rank, h * w), dt_weight, groups=K)
         decay = -torch.exp(self.A_logs)

@@ -12,6 +12,4 @@ DATA = _SHARED / "data"
 needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="the published code's golden vectors are not on this machine"
 )
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason="the image sets are not on this machine"
-)
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the image sets are not on this machine")

@@ -21,3 +21,23 @@ OFFICIAL_GRAD = 1e-4
 
 # A float kernel may be this much worse than plain float32 torch, both measured against float64.
 KERNEL_VS_REFERENCE = 2.0
+
+# Integer linear and convolution: a = fl(alpha*step) and float(acc) round once each, their product a
+# third time (3u), likewise shift*sx; the difference and the final sum add one u each, the constant
+# one when it leaves float64. To first order 5u of |a*acc| + |b*sx| + |constant|, u = 2^-24; 6u
+# covers the second order.
+AFFINE_RESULT = 6 * 2.0**-24
+
+
+def scan_q_roundings(steps: int, states: int, exponent: float, offset: float) -> float:
+    """Roundings (in units of 2^-24) on the longest path of `selective_scan_q`.
+
+    Relative to the same recurrence over absolute values. `exponent` = max |delta * A|, `offset` =
+    max of |step*code| + |shift| + |bias| of delta. Delta before softplus is off by 3 * offset, so
+    softplus, whose relative slope is at most 1, by 3 * offset + 4 relatively. A step multiplies by
+    exp(delta*A): its exponent is off by exponent * (3 * offset + 5), exp itself by 2, multiply and
+    add by 2. Outside the recurrence: u, B and C (2 each), delta once more, x, x*B, C*h (1 each),
+    the sum over states, and D*u.
+    """
+    per_step = exponent * (3.0 * offset + 5.0) + 4.0
+    return steps * per_step + states + 3.0 * offset + 16.0

@@ -1,0 +1,84 @@
+"""CPU kernels of `qmir::conv2d` and `qmir::conv2d_acc` (csrc/qconv2d.cpp, its depthwise form)."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qmir_ao.backend.cpu.build import pointer
+from qmir_ao.backend.cpu.registration import cpu_kernel
+from qmir_ao.ops.conv2d import (
+    Geometry,
+    check_conv2d,
+    check_conv2d_acc,
+    conv2d_acc_ref,
+    conv2d_ref,
+)
+
+
+def _shape(x: Tensor, geometry: Geometry, out: tuple[int, int], grids: tuple[int, int]) -> object:
+    """The C struct ConvShape, as an array of 64-bit integers in its order."""
+    values = (
+        *x.shape,
+        geometry.weight_size[0],
+        *geometry.weight_size[2:],
+        *geometry.stride,
+        *geometry.padding,
+        *geometry.dilation,
+        geometry.groups,
+        *out,
+        geometry.bits,
+        *grids,
+    )
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@cpu_kernel("conv2d_acc", conv2d_acc_ref)
+def _conv2d_acc(
+    lib: ctypes.CDLL,
+    x: Tensor,
+    weight: Tensor,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
+    out = check_conv2d_acc("conv2d_acc", x, weight, geometry)
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.int32)
+    if y.numel():
+        shape = _shape(x, geometry, out, (1, 1))
+        lib.qmir_conv2d_acc(pointer(x), pointer(weight), shape, pointer(y))
+    return y
+
+
+@cpu_kernel("conv2d", conv2d_ref)
+def _conv2d(
+    lib: ctypes.CDLL,
+    x: Tensor,
+    x_step: Tensor,
+    x_shift: Tensor,
+    weight: Tensor,
+    w_step: Tensor,
+    w_shift: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, geometry)
+    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias)
+    kept = [None if t is None else t.contiguous() for t in tensors]
+    y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.float32)
+    if y.numel():
+        shape = _shape(x, geometry, out, (x_step.numel(), w_step.numel()))
+        lib.qmir_conv2d(*map(pointer, kept), shape, pointer(y))
+    return y

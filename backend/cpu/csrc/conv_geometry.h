@@ -1,0 +1,203 @@
+// What the convolution kernels share: sizes, which taps lie inside the image, and the write-back.
+// Zero padding pads x_hat = 0, not q = 0, so near a border the number of taps and the sum of weight
+// codes depend on the position. Positions with the same valid taps form a class; the constant term
+// is tabulated per class.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "dot_tile.h"
+#include "qlinear.cuh"
+
+namespace qmir {
+
+// Mirrors the array that backend/cpu/conv2d.py passes.
+struct ConvShape {
+  int64_t batch, channels, height, width, features, kernel_h, kernel_w, stride_h, stride_w, pad_h,
+      pad_w, dilation_h, dilation_w, groups, out_h, out_w, bits, x_groups, w_groups;
+
+  int64_t group_channels() const {
+    return channels / groups;
+  }
+  int64_t group_features() const {
+    return features / groups;
+  }
+  int64_t taps() const {
+    return kernel_h * kernel_w;
+  }
+};
+
+struct ConvOperands {
+  const int8_t* x;
+  const float *x_step, *x_shift;
+  const uint8_t* weight;
+  const float *w_step, *w_shift, *bias;
+};
+
+// Ranges of kernel positions that fall inside the image, along one axis.
+struct Border {
+  std::vector<int32_t> of;  // class of each output position
+  std::vector<int64_t> first, last;
+
+  Border(int64_t out, int64_t stride, int64_t pad, int64_t dilation, int64_t kernel, int64_t size)
+      : of(out) {
+    const auto reach = [&](int64_t distance) {  // kernel positions before this distance
+      return distance <= 0 ? 0 : std::min(kernel, (distance + dilation - 1) / dilation);
+    };
+    for (int64_t i = 0; i < out; ++i) {
+      const int64_t origin = i * stride - pad;
+      const int64_t high = reach(size - origin), low = std::min(high, reach(-origin));
+      if (first.empty() || first.back() != low || last.back() != high) {
+        first.push_back(low);
+        last.push_back(high);
+      }
+      of[i] = (int32_t)first.size() - 1;
+    }
+  }
+  int64_t classes() const {
+    return (int64_t)first.size();
+  }
+};
+
+// Sums of weight codes per feature: table[(i * (kw + 1) + j)] covers the taps above and left of it.
+struct TapSums {
+  int64_t taps_w;
+  std::vector<int32_t> table;
+
+  TapSums(const ConvShape& s, const int8_t* codes) : taps_w(s.kernel_w) {
+    const int64_t inputs = s.group_channels(), size = (s.kernel_h + 1) * (s.kernel_w + 1);
+    table.assign(s.features * size, 0);
+    for (int64_t o = 0; o < s.features; ++o) {
+      int32_t* at = table.data() + o * size;
+      for (int64_t i = 0; i < s.kernel_h; ++i)
+        for (int64_t j = 0; j < s.kernel_w; ++j) {
+          int32_t sum = 0;
+          for (int64_t c = 0; c < inputs; ++c)
+            sum += codes[((o * inputs + c) * s.kernel_h + i) * s.kernel_w + j];
+          const int64_t below = (i + 1) * (taps_w + 1) + j + 1;
+          at[below] = sum + at[below - 1] + at[below - taps_w - 1] - at[below - taps_w - 2];
+        }
+    }
+  }
+  int32_t inside(const int32_t* at, int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+    const int64_t w = taps_w + 1;
+    return at[i1 * w + j1] - at[i0 * w + j1] - at[i1 * w + j0] + at[i0 * w + j0];
+  }
+};
+
+// Result of a convolution: float values, or the int32 accumulators where `acc` is given.
+class ConvResult {
+ public:
+  ConvResult(const ConvShape& s, const ConvOperands& in, const int8_t* codes, float* y,
+             int32_t* acc)
+      : s_(s),
+        rows_(s.out_h, s.stride_h, s.pad_h, s.dilation_h, s.kernel_h, s.height),
+        cols_(s.out_w, s.stride_w, s.pad_w, s.dilation_w, s.kernel_w, s.width),
+        y_(y),
+        acc_(acc) {
+    if (wants_float()) tabulate(in, TapSums(s, codes));
+  }
+
+  bool wants_float() const {
+    return acc_ == nullptr;
+  }
+
+  // n neighbouring outputs of one row: acc - bias are the sums of products, sx those of codes.
+  void write(int64_t b, int64_t o, int64_t oh, int64_t ow, int64_t n, const int32_t* acc,
+             uint32_t bias, const float* sx) const {
+    const int64_t at = ((b * s_.features + o) * s_.out_h + oh) * s_.out_w + ow;
+    if (!wants_float()) {
+      for (int64_t j = 0; j < n; ++j) acc_[at + j] = (int32_t)((uint32_t)acc[j] - bias);
+      return;
+    }
+    const int64_t g = s_.x_groups > 1 ? b : 0, feature = g * s_.features + o;
+    const float scale = acc_scale_[feature], sx_scale = sx_scale_[feature];
+    const int64_t row_class = g * rows_.classes() + rows_.of[oh];
+    const float* constant = &constant_[(row_class * s_.features + o) * cols_.classes()];
+    const int32_t* column = &cols_.of[ow];
+    const int32_t middle = column[n / 2];
+    const float common = constant[middle];
+    float* y = y_ + at;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j)
+      y[j] = affine_result((int32_t)((uint32_t)acc[j] - bias), sx[j], scale, sx_scale, common);
+    // Classes only change towards the borders: whatever differs lies at the two ends.
+    const auto redo = [&](int64_t j) {
+      y[j] = affine_result((int32_t)((uint32_t)acc[j] - bias), sx[j], scale, sx_scale,
+                           constant[column[j]]);
+    };
+    for (int64_t j = 0; column[j] != middle; ++j) redo(j);
+    for (int64_t j = n - 1; column[j] != middle; --j) redo(j);
+  }
+
+ private:
+  void tabulate(const ConvOperands& in, const TapSums& sums) {
+    const int64_t size = (s_.kernel_h + 1) * (s_.kernel_w + 1), inputs = s_.group_channels();
+    acc_scale_.resize(s_.x_groups * s_.features);
+    sx_scale_.resize(s_.x_groups * s_.features);
+    constant_.reserve(s_.x_groups * rows_.classes() * s_.features * cols_.classes());
+    for (int64_t g = 0; g < s_.x_groups; ++g) {
+      for (int64_t o = 0; o < s_.features; ++o) {
+        acc_scale_[g * s_.features + o] = in.x_step[g] * in.w_step[s_.w_groups > 1 ? o : 0];
+        sx_scale_[g * s_.features + o] = in.x_step[g] * in.w_shift[s_.w_groups > 1 ? o : 0];
+      }
+      for (int64_t r = 0; r < rows_.classes(); ++r)
+        for (int64_t o = 0; o < s_.features; ++o)
+          for (int64_t c = 0; c < cols_.classes(); ++c) {
+            const int64_t i0 = rows_.first[r], i1 = rows_.last[r];
+            const int64_t j0 = cols_.first[c], j1 = cols_.last[c];
+            const int64_t w = s_.w_groups > 1 ? o : 0;
+            constant_.push_back(affine_constant(
+                (i1 - i0) * (j1 - j0) * inputs,
+                sums.inside(sums.table.data() + o * size, i0, i1, j0, j1), in.x_shift[g],
+                in.w_step[w], in.w_shift[w], in.bias ? in.bias[o] : 0.0f));
+          }
+    }
+  }
+
+  const ConvShape& s_;
+  Border rows_, cols_;
+  float* y_;
+  int32_t* acc_;
+  std::vector<float> acc_scale_, sx_scale_, constant_;
+};
+
+// The part of one input plane that a band of output rows and a segment of output columns read.
+// Columns are stored by their phase modulo the stride, so that neighbouring outputs read
+// neighbouring values for every tap: column j lies at (j % stride) * pitch + j / stride.
+struct Window {
+  int64_t top, left, rows, cols, pitch, row_size;
+
+  Window(const ConvShape& s, int64_t oh0, int64_t oh1, int64_t ow0, int64_t ow1, int64_t multiple)
+      : top(oh0 * s.stride_h - s.pad_h),
+        left(ow0 * s.stride_w - s.pad_w),
+        rows((oh1 - oh0 - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1),
+        cols((ow1 - ow0 - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1),
+        pitch(round_up(ow1 - ow0, multiple) + (s.kernel_w - 1) * s.dilation_w / s.stride_w),
+        row_size(s.stride_w * pitch) {}
+
+  int64_t size() const {
+    return rows * row_size;
+  }
+  int64_t tap(const ConvShape& s, int64_t i, int64_t j) const {
+    const int64_t column = j * s.dilation_w;
+    return i * s.dilation_h * row_size + column % s.stride_w * pitch + column / s.stride_w;
+  }
+
+  // Calls copy(position in the window, position in the image, count) for each run of values that
+  // lie inside the image; neighbours of a run are stride_w apart in the image.
+  template <class Copy>
+  void for_runs(const ConvShape& s, const Copy& copy) const {
+    const int64_t stride = s.stride_w, right = std::min(cols, s.width - left);
+    for (int64_t r = std::max<int64_t>(0, -top); r < std::min(rows, s.height - top); ++r)
+      for (int64_t phase = 0; phase < stride; ++phase) {
+        const int64_t low = std::max<int64_t>(0, (-left - phase + stride - 1) / stride);
+        const int64_t high = right > phase ? (right - phase + stride - 1) / stride : 0;
+        if (high > low)
+          copy(r * row_size + phase * pitch + low,
+               (top + r) * s.width + left + phase + low * stride, high - low);
+      }
+  }
+};
+
+}  // namespace qmir

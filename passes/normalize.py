@@ -1,0 +1,210 @@
+"""Bring the graphs of both captures to one vocabulary before conversion."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from qmir_ao.passes.base import Pass
+from qmir_ao.quant.constants import sizes_of
+from qmir_ao.quant.patterns import module_of
+
+aten = torch.ops.aten
+
+_CONV_RANK: dict[Any, int] = {
+    F.conv1d: 1,
+    F.conv2d: 2,
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv1d.padding: 1,
+    aten.conv2d.padding: 2,
+}
+_CONV_ATEN: dict[int, Any] = {1: aten.conv1d.default, 2: aten.conv2d.default}
+_CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_DEFAULTS = (None, None, None, 1, 0, 1, 1)
+_LINEAR_NAMES = ("input", "weight", "bias")
+
+
+def _arguments(node: Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
+
+
+def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return None if any(t % 2 for t in total) else [t // 2 for t in total]
+
+
+class InlineModules(Pass):
+    """Replace module calls by functions of their parameters.
+
+    Linear and convolution modules of `torch.ao.nn.qat` become a fake-quantizer call on the weight
+    and a functional operator; the common stateless and affine modules become functions. Exact.
+    A module of another kind stays a call.
+
+        before: y = call_module[conv](x)          after: w = get_attr[conv.weight]
+                                                         wq = call_module[conv.weight_fake_quant](w)
+                                                         y = conv2d(x, wq, conv.bias, ...)
+    """
+
+    def rewrite(self, graph_module: GraphModule) -> int:
+        """Rewrite every call of a known module; see the class."""
+        changed = 0
+        for node in list(graph_module.graph.nodes):
+            module = module_of(graph_module, node)
+            inline = None if module is None else _inliner(module)
+            if inline is None:
+                continue
+            with graph_module.graph.inserting_before(node):
+                new = inline(graph_module, node, module)
+            if new is not node.args[0]:
+                new.meta = dict(node.meta) | {"qmir_module": str(node.target)}
+            node.replace_all_uses_with(new)
+            graph_module.graph.erase_node(node)
+            changed += 1
+        return changed
+
+
+def _attribute(graph_module: GraphModule, node: Node, name: str) -> Node | None:
+    target = f"{node.target}.{name}"
+    value = getattr(module_of(graph_module, node), name, None)
+    return None if value is None else graph_module.graph.get_attr(target)
+
+
+def _weight(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    weight = graph_module.graph.get_attr(f"{node.target}.weight")
+    if hasattr(module, "weight_fake_quant"):
+        return graph_module.graph.call_module(f"{node.target}.weight_fake_quant", (weight,))
+    return weight
+
+
+def _inline_linear(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    args = (node.args[0], _weight(graph_module, node, module))
+    bias = _attribute(graph_module, node, "bias")
+    return graph_module.graph.call_function(aten.linear.default, (*args, bias))
+
+
+def _inline_conv(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    rank = len(module.kernel_size)
+    padding = module.padding
+    if isinstance(padding, str):
+        padding = [0] * rank if padding == "valid" else module._reversed_padding_repeated_twice[::2]
+    weight, bias = _weight(graph_module, node, module), _attribute(graph_module, node, "bias")
+    sizes = (list(module.stride), list(padding), list(module.dilation), module.groups)
+    return graph_module.graph.call_function(
+        _CONV_ATEN[rank], (node.args[0], weight, bias, *sizes)
+    )
+
+
+def _inline_norm(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    weight, bias = (_attribute(graph_module, node, n) for n in ("weight", "bias"))
+    args = (node.args[0], list(module.normalized_shape), weight, bias, module.eps)
+    return graph_module.graph.call_function(aten.layer_norm.default, args)
+
+
+def _inline_batch_norm(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    names = ("weight", "bias", "running_mean", "running_var")
+    tensors = (_attribute(graph_module, node, name) for name in names)
+    args = (node.args[0], *tensors, False, 0.0, module.eps, False)
+    return graph_module.graph.call_function(aten.batch_norm.default, args)
+
+
+def _inline_identity(graph_module: GraphModule, node: Node, module: Any) -> Any:
+    return node.args[0]
+
+
+def _call(target: Any, *attributes: str) -> Callable[..., Node]:
+    def inline(graph_module: GraphModule, node: Node, module: Any) -> Node:
+        extra = (getattr(module, name) for name in attributes)
+        return graph_module.graph.call_function(target, (node.args[0], *extra))
+
+    return inline
+
+
+def _inline_gelu(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    return graph_module.graph.call_function(
+        aten.gelu.default, (node.args[0],), {"approximate": module.approximate}
+    )
+
+
+def _inline_pool(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    size = sizes_of(module.output_size, 2)
+    return graph_module.graph.call_function(
+        aten.adaptive_avg_pool2d.default, (node.args[0], size)
+    )
+
+
+_INLINERS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Any]], ...] = (
+    ((nn.Linear,), _inline_linear),
+    ((nn.Conv1d, nn.Conv2d), _inline_conv),
+    ((nn.LayerNorm,), _inline_norm),
+    ((nn.BatchNorm1d, nn.BatchNorm2d), _inline_batch_norm),
+    ((nn.Identity, nn.Dropout, nn.Dropout2d), _inline_identity),
+    ((nn.GELU,), _inline_gelu),
+    ((nn.SiLU,), _call(aten.silu.default)),
+    ((nn.ReLU,), _call(aten.relu.default)),
+    ((nn.Sigmoid,), _call(aten.sigmoid.default)),
+    ((nn.Tanh,), _call(aten.tanh.default)),
+    ((nn.LeakyReLU,), _call(aten.leaky_relu.default, "negative_slope")),
+    ((nn.PixelShuffle,), _call(aten.pixel_shuffle.default, "upscale_factor")),
+    ((nn.AdaptiveAvgPool2d,), _inline_pool),
+)
+
+
+def _inliner(module: nn.Module) -> Callable[..., Any] | None:
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
+        return None
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is None:
+        return None
+    return next((inline for kinds, inline in _INLINERS if isinstance(module, kinds)), None)
+
+
+class NormalizeOperators(Pass):
+    """Rewrite functional linear and convolution calls as aten operators with all arguments.
+
+    String padding becomes numbers where it is symmetric; dropout, which does nothing after
+    training, disappears. Exact.
+
+        before: F.conv2d(x, w, padding="same")    after: aten.conv2d(x, w, None, [1, 1], [1, 1], ...)
+    """
+
+    requires = ("InlineModules",)
+
+    def rewrite(self, graph_module: GraphModule) -> int:
+        """Rewrite every functional linear, convolution and dropout call."""
+        changed = 0
+        for node in list(graph_module.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target in (F.dropout, aten.dropout.default):
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+                changed += 1
+            elif node.target is F.linear:
+                node.args = tuple(_arguments(node, _LINEAR_NAMES, (None, None, None)))
+                node.kwargs, node.target = {}, aten.linear.default
+                changed += 1
+            elif node.target in _CONV_RANK:
+                changed += _normalize_conv(node, _CONV_RANK[node.target])
+        return changed
+
+
+def _normalize_conv(node: Node, rank: int) -> int:
+    x, weight, bias, stride, padding, dilation, groups = _arguments(
+        node, _CONV_NAMES, _CONV_DEFAULTS
+    )
+    stride, dilation = sizes_of(stride, rank), sizes_of(dilation, rank)
+    if isinstance(padding, str):
+        kernel = weight.meta["val"].shape[2:] if "val" in weight.meta else None
+        symmetric = None if kernel is None else _same_padding(kernel, dilation)
+        if padding != "valid" and symmetric is None:
+            return 0
+        padding = [0] * rank if padding == "valid" else symmetric
+    args = (x, weight, bias, stride, sizes_of(padding, rank), dilation, groups)
+    if node.args == args and node.target is _CONV_ATEN[rank] and not node.kwargs:
+        return 0
+    node.args, node.kwargs, node.target = args, {}, _CONV_ATEN[rank]
+    return 1

@@ -1,0 +1,341 @@
+"""Two-dimensional convolution on integer codes with a packed weight.
+
+    acc[o, p] = sum over taps inside the image of q_x * q_w[o]       int32, exact
+    y[o, p]   = (alpha*step[o] * acc - alpha*shift[o] * sx[p])
+                + (n[p]*beta*shift[o] - beta*step[o] * sw[o, p] + bias[o])
+
+with x_hat = alpha * q_x - beta and w_hat = step * q_w - shift. Zero padding pads x_hat = 0, which
+is not q_x = 0, so the sums of codes sx and sw and the number of taps n count only the taps that lie
+inside the image; near a border sw and n depend on the position p.
+
+Source: affine integer arithmetic on the grids of Q-MambaIR (arXiv 2503.21970), equations 5 to 7.
+
+Shape letters: B = samples, C and O = input and output channels, H, W = input size, P, Q = output
+size, kh, kw = kernel size, G = B or 1 activation groups.
+Inference only: there is no backward.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qmir_ao.ops._integer import (
+    check_bias,
+    check_codes,
+    check_grid,
+    check_taps,
+    check_weight,
+    epilogue,
+    require,
+)
+from qmir_ao.ops._library import define
+from qmir_ao.ops.pack import unpack_ref
+
+_GEOMETRY = (
+    "int bits, int[] weight_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups"
+)
+ACC_SCHEMA = f"conv2d_acc(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor"
+SCHEMA = (
+    "conv2d(Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
+    f"Tensor w_shift, Tensor? bias, {_GEOMETRY}) -> Tensor"
+)
+
+
+class Geometry(NamedTuple):
+    """Everything of a convolution that is not a tensor."""
+
+    bits: int
+    weight_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def out_size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the result."""
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight_size[2:], strict=True)]
+        rows, cols = (
+            (x.shape[2 + i] + 2 * self.padding[i] - spans[i]) // self.stride[i] + 1 for i in (0, 1)
+        )
+        return rows, cols
+
+
+def _check_pair(op: str, name: str, pair: Sequence[int], low: int) -> None:
+    require(
+        len(pair) == 2 and all(value >= low for value in pair),
+        lambda: f"qmir::{op}: {name} must be two integers >= {low}, got {list(pair)}",
+    )
+
+
+def _check_geometry(op: str, x: Tensor, geometry: Geometry) -> None:
+    size, groups = geometry.weight_size, geometry.groups
+    require(x.dim() == 4, lambda: f"qmir::{op}: x must be (B, C, H, W), got {x.dim()} axes")
+    require(
+        len(size) == 4 and min(size) >= 1,
+        lambda: f"qmir::{op}: weight_size must be [O, C/groups, kh, kw], all >= 1, got {size}",
+    )
+    _check_pair(op, "stride", geometry.stride, 1)
+    _check_pair(op, "padding", geometry.padding, 0)
+    _check_pair(op, "dilation", geometry.dilation, 1)
+    require(
+        groups >= 1 and size[0] % groups == 0 and x.shape[1] == size[1] * groups,
+        lambda: (
+            f"qmir::{op}: groups must divide O, and C must be groups * weight_size[1]; got "
+            f"C = {x.shape[1]}, groups = {groups}, weight_size = {list(size)}"
+        ),
+    )
+
+
+def check_conv2d_acc(op: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
+    """Refuse operands that do not fit together; return the output's height and width."""
+    check_codes(op, "x", x)
+    _check_geometry(op, x, geometry)
+    out_features, channels, height, width = geometry.weight_size
+    check_taps(op, channels * height * width)
+    check_weight(op, weight, out_features * channels * height * width, geometry.bits)
+    rows, cols = geometry.out_size(x)
+    require(
+        rows >= 1 and cols >= 1,
+        lambda: (
+            f"qmir::{op}: the kernel {height}x{width} with dilation {list(geometry.dilation)} is "
+            f"larger than the padded image, got H, W = {x.shape[2]}, {x.shape[3]}"
+        ),
+    )
+    return rows, cols
+
+
+def check_conv2d(
+    x: Tensor,
+    x_step: Tensor,
+    x_shift: Tensor,
+    weight: Tensor,
+    w_step: Tensor,
+    w_shift: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> tuple[int, int]:
+    """Refuse operands that do not fit `qmir::conv2d`; return the output's height and width."""
+    size = check_conv2d_acc("conv2d", x, weight, geometry)
+    check_grid("conv2d", "x", x_step, x_shift, x.shape[0])
+    check_grid("conv2d", "w", w_step, w_shift, geometry.weight_size[0])
+    check_bias("conv2d", bias, geometry.weight_size[0])
+    return size
+
+
+def _taps(x: Tensor, geometry: Geometry, out: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Each kernel position with the values it meets at all output positions; 0 outside."""
+    pad_h, pad_w = geometry.padding
+    padded = torch.nn.functional.pad(x, (pad_w, pad_w, pad_h, pad_h))
+    step_h, step_w = geometry.stride
+    for i in range(geometry.weight_size[2]):
+        for j in range(geometry.weight_size[3]):
+            top, left = i * geometry.dilation[0], j * geometry.dilation[1]
+            rows = slice(top, top + (out[0] - 1) * step_h + 1, step_h)
+            cols = slice(left, left + (out[1] - 1) * step_w + 1, step_w)
+            yield i, j, padded[..., rows, cols]
+
+
+def _weight_codes(weight: Tensor, geometry: Geometry) -> Tensor:
+    size = list(geometry.weight_size)
+    codes = unpack_ref(weight, geometry.bits, math.prod(size))
+    return codes.reshape(size).to(torch.int32)
+
+
+def _accumulate(x: Tensor, codes: Tensor, geometry: Geometry, out: tuple[int, int]) -> Tensor:
+    groups = geometry.groups
+    kernel = codes.reshape(groups, codes.shape[0] // groups, *codes.shape[1:])
+    acc = x.new_zeros(x.shape[0], groups, kernel.shape[1], out[0] * out[1], dtype=torch.int32)
+    for i, j, window in _taps(x.to(torch.int32), geometry, out):
+        values = window.reshape(x.shape[0], groups, codes.shape[1], out[0] * out[1])
+        acc = acc + torch.matmul(kernel[..., i, j], values)
+    return acc.reshape(x.shape[0], codes.shape[0], *out)
+
+
+def conv2d_acc_ref(
+    x: Tensor,
+    weight: Tensor,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Plain-torch form of `qmir::conv2d_acc`."""
+    geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
+    out = check_conv2d_acc("conv2d_acc", x, weight, geometry)
+    return _accumulate(x, _weight_codes(weight, geometry), geometry, out)
+
+
+def conv2d_ref(
+    x: Tensor,
+    x_step: Tensor,
+    x_shift: Tensor,
+    weight: Tensor,
+    w_step: Tensor,
+    w_shift: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Plain-torch form of `qmir::conv2d`."""
+    geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, geometry)
+    codes = _weight_codes(weight, geometry)
+    features = codes.shape[0]
+    sums = x.reshape(x.shape[0], groups, -1, *x.shape[2:]).sum(2, dtype=torch.int32)
+    sx = torch.stack([window for _, _, window in _taps(sums, geometry, out)]).sum(0)
+    sx = sx.repeat_interleave(features // groups, dim=1)
+    inside = x.new_ones(x.shape[2:], dtype=torch.int64)
+    row_sums = codes.sum(1)
+    taps = inside.new_zeros(out)
+    sw = inside.new_zeros(features, *out)
+    for i, j, window in _taps(inside, geometry, out):
+        taps = taps + window
+        sw = sw + window * row_sums[:, i, j].reshape(-1, 1, 1)
+    return epilogue(
+        _accumulate(x, codes, geometry, out),
+        sx,
+        sw,
+        taps * codes.shape[1],
+        (x_step.reshape(-1, 1, 1, 1), x_shift.reshape(-1, 1, 1, 1)),
+        (w_step.reshape(-1, 1, 1), w_shift.reshape(-1, 1, 1)),
+        None if bias is None else bias.reshape(-1, 1, 1),
+    )
+
+
+def _conv2d_acc_fake(
+    x: Tensor,
+    weight: Tensor,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
+    out = check_conv2d_acc("conv2d_acc", x, weight, geometry)
+    return x.new_empty((x.shape[0], weight_size[0], *out), dtype=torch.int32)
+
+
+def _conv2d_fake(
+    x: Tensor,
+    x_step: Tensor,
+    x_shift: Tensor,
+    weight: Tensor,
+    w_step: Tensor,
+    w_shift: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, geometry)
+    return x.new_empty((x.shape[0], weight_size[0], *out), dtype=torch.float32)
+
+
+_conv2d_acc = define(ACC_SCHEMA, reference=conv2d_acc_ref, fake=_conv2d_acc_fake)
+_conv2d = define(SCHEMA, reference=conv2d_ref, fake=_conv2d_fake)
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def conv2d_acc(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Integer accumulators of a convolution; taps outside the image count as nothing.
+
+    Args:
+        x: int8 codes (B, C, H, W).
+        weight: `pack(codes of shape weight_size, bits)`, uint8.
+        bits: container of one weight code: 2, 4 or 8.
+        weight_size: [O, C/groups, kh, kw].
+        stride: one integer, or (rows, columns); so are padding and dilation.
+        padding: zeros (of the dequantized image) on each side.
+        dilation: distance of neighbouring taps.
+        groups: channel groups; C for a depthwise convolution.
+
+    Returns:
+        int32 sums of products (B, O, P, Q), exact.
+
+    Shape: x (B, C, H, W); weight (ceil(numel*bits/8),); result (B, O, P, Q).
+
+    Raises:
+        RuntimeError: an operand of another type, shape or length.
+
+    Source: module docstring.
+    """
+    pairs = (_pair(stride), _pair(padding), _pair(dilation))
+    acc: Tensor = _conv2d_acc(x, weight, bits, list(weight_size), *pairs, groups)
+    return acc
+
+
+def conv2d(
+    x: Tensor,
+    x_step: Tensor,
+    x_shift: Tensor,
+    weight: Tensor,
+    w_step: Tensor,
+    w_shift: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    weight_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution of quantized operands in integer arithmetic: conv(x_hat, w_hat) + bias.
+
+    Args:
+        x: int8 codes (B, C, H, W).
+        x_step: alpha, float32, one per sample (B,) or (1,).
+        x_shift: beta, as x_step.
+        weight: `pack(codes of shape weight_size, bits)`, uint8.
+        w_step: float32, one per output channel (O,) or (1,).
+        w_shift: as w_step.
+        bias: float32 (O,), or None.
+        bits: container of one weight code: 2, 4 or 8.
+        weight_size: [O, C/groups, kh, kw].
+        stride: one integer, or (rows, columns); so are padding and dilation.
+        padding: zeros (of the dequantized image) on each side.
+        dilation: distance of neighbouring taps.
+        groups: channel groups; C for a depthwise convolution.
+
+    Returns:
+        float32 (B, O, P, Q).
+
+    Shape: x (B, C, H, W); weight (ceil(numel*bits/8),); result (B, O, P, Q).
+
+    Raises:
+        RuntimeError: an operand of another type, shape or length.
+
+    Source: module docstring.
+    """
+    grids = (x_step, x_shift, weight, w_step, w_shift, bias)
+    pairs = (_pair(stride), _pair(padding), _pair(dilation))
+    y: Tensor = _conv2d(x, *grids, bits, list(weight_size), *pairs, groups)
+    return y

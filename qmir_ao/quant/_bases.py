@@ -1,0 +1,103 @@
+"""The two fake-quantizer bases under one class, and torchao imported without its noise.
+
+torchao's converter recognises only its own base, torch.ao's passes only theirs.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.quantization import FakeQuantizeBase as TorchBase
+from torch.ao.quantization import PlaceholderObserver
+
+
+def _torchao_base() -> Any:
+    """Import torchao's own base class; what its import logs on a CPU build is held back."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    return FakeQuantizeBase
+
+
+_TorchaoBase = _torchao_base()
+
+
+class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-type]
+    """What the quantizers of this package share: switches, initialisation state, loading.
+
+    The switches live twice: in torch.ao's buffers, which a state_dict carries, and in Python
+    attributes, so that torch.compile never branches on a tensor.
+    """
+
+    initialized: torch.Tensor
+    dtype = torch.int8
+    qscheme: torch.qscheme = torch.per_tensor_affine
+    ch_axis = -1
+
+    def __init__(self, bits: int, quant_min: int, quant_max: int) -> None:
+        """Start enabled and not initialised.
+
+        Args:
+            bits: code width.
+            quant_min: smallest code.
+            quant_max: largest code.
+        """
+        super().__init__()
+        self.bits, self.quant_min, self.quant_max = bits, quant_min, quant_max
+        self.register_buffer("initialized", torch.zeros(1, dtype=torch.uint8))
+        # torch.ao's FX preparation reads dtype and range from an observer at this name.
+        self.activation_post_process = PlaceholderObserver(
+            dtype=self.dtype, quant_min=quant_min, quant_max=quant_max
+        )
+        self._ready = False
+        self._quantizing = True
+        self._observing = True
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Quantize (True) or pass values through unchanged (False)."""
+        self.fake_quant_enabled[0] = int(enabled)
+        self._quantizing = bool(enabled)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Let the first training batch initialise the quantizer (True), or not (False)."""
+        self.observer_enabled[0] = int(enabled)
+        self._observing = bool(enabled)
+
+    def mark_initialized(self) -> None:
+        """Record that the parameters hold an initialisation or a checkpoint."""
+        self.initialized.fill_(1)
+        self._ready = True
+
+    def sync(self) -> None:
+        """Bring the Python attributes in line with the buffers."""
+        self._quantizing = bool(self.fake_quant_enabled[0])
+        self._observing = bool(self.observer_enabled[0])
+        self._ready = bool(self.initialized[0])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Per-channel parameters get their size from the weight; a checkpoint knows it as well.
+        for name, parameter in self.named_parameters(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, torch.Tensor) and self.may_resize(name, saved):
+                parameter.data = parameter.data.new_empty(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.sync()
+
+    def may_resize(self, name: str, saved: torch.Tensor) -> bool:
+        """Whether the parameter `name` takes the shape that a checkpoint brings."""
+        return False
+
+
+def parameter(values: torch.Tensor, factory_kwargs: dict[str, Any] | None) -> nn.Parameter:
+    """A float32 parameter on the device that torch.ao asks for (its dtype is the model's own)."""
+    device = None if factory_kwargs is None else factory_kwargs.get("device")
+    return nn.Parameter(values.to(device=device, dtype=torch.float32))

@@ -1,0 +1,231 @@
+"""DLS as a trainable fake-quantizer for torch.ao and torchao."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qmir_ao.errors import QmirError
+from qmir_ao.ops._affine import check_finite
+from qmir_ao.ops.dls_fake_quant import dls_fake_quant
+from qmir_ao.quant._bases import QmirFakeQuantize, parameter
+from qmir_ao.quant._graph import constants, pass_through, put_in_place, quantize_dequantize
+from qmir_ao.quant.init import (
+    DLS_INITS,
+    NAMED_PRESETS,
+    Scalars,
+    closed_form,
+    named_preset,
+    searched_scalars,
+)
+from qmir_ao.quant.patterns import is_constant
+from qmir_ao.quant.spec import check_bits, choose, code_range
+
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {
+        "init": "mse",
+        "per_tensor": False,
+        "cap": False,
+        "clamp_output": False,
+        "signed": "always",
+    },
+    "paper": {
+        "init": "mu3s",
+        "per_tensor": False,
+        "cap": False,
+        "clamp_output": False,
+        "signed": "always",
+    },
+    "official": {
+        "init": "mu3s",
+        "per_tensor": True,
+        "cap": True,
+        "clamp_output": True,
+        "signed": "auto",
+    },
+}
+
+# The published code calls a tensor signed where its minimum lies below this.
+SIGNED_BELOW = -1e-5
+
+
+class DLSFakeQuantize(QmirFakeQuantize):
+    """Fake-quantizer whose step and shift are predicted from each input's statistics.
+
+    Args:
+        bits: 2 to 8.
+        preset: None for the defaults that won in this project's evidence, "paper" for the paper's
+            plain form, "official" for bit parity with the published code. The arguments below
+            override it.
+        init: "mse" (search on the first training batch), "closed_form" (no data), or one of the
+            paper's mu3s, mu4s, minmax, mu_halfrange, mid3s.
+        per_tensor: statistics over the whole batch instead of per sample.
+        cap: limit the step to (max - min) / 2**bits. At 2 bits this stops the scale from learning.
+        clamp_output: clip to the input's own range; the result then leaves the integer grid.
+        signed: "always", or "auto" (decided by the first training batch, unsigned until then).
+        constant: for operands that are parameters; implies `per_tensor` and `clamp_output`.
+        factory_kwargs: device, passed by torch.ao.
+
+    Raises:
+        ConfigError: unknown bits, preset, init or signed.
+
+    Source: arXiv 2503.21970, sections 3.3 and 7.1.
+    """
+
+    signed_range: Tensor
+
+    def __init__(
+        self,
+        bits: int = 4,
+        *,
+        preset: str | None = None,
+        init: str | None = None,
+        per_tensor: bool | None = None,
+        cap: bool | None = None,
+        clamp_output: bool | None = None,
+        signed: str | None = None,
+        constant: bool = False,
+        factory_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        given = {
+            "init": init,
+            "per_tensor": per_tensor,
+            "cap": cap,
+            "clamp_output": clamp_output,
+            "signed": signed,
+        }
+        settings = dict(PRESETS[choose("preset", preset, PRESETS)])
+        settings |= {key: value for key, value in given.items() if value is not None}
+        is_signed = choose("signed", settings["signed"], ("always", "auto")) == "always"
+        super().__init__(check_bits(bits), *code_range(bits, is_signed))
+        self.preset, self.constant = preset, constant
+        self.init = choose("init", settings["init"], DLS_INITS)
+        self.signed = settings["signed"]
+        self.per_tensor, self.cap = settings["per_tensor"], settings["cap"]
+        self.clamp_output = settings["clamp_output"]
+        self.register_buffer("signed_range", torch.tensor([int(is_signed)], dtype=torch.uint8))
+        start = self._start()
+        self.scale_weights = parameter(start.scale_weights, factory_kwargs)
+        self.shift_weights = parameter(start.shift_weights, factory_kwargs)
+        self.to(self.scale_weights.device)
+        if self.init != "mse" and self.signed == "always":
+            self.mark_initialized()
+        if constant:
+            self.make_constant()
+
+    def make_constant(self) -> None:
+        """Treat the input as one parameter tensor: one group, clamped to its own range.
+
+        The clamp keeps a negative operand such as A = -exp(A_log) negative on the grid.
+        """
+        self.constant = self.per_tensor = self.clamp_output = True
+
+    def _start(self) -> Scalars:
+        if self.init in NAMED_PRESETS:
+            return named_preset(self.init, self.bits)
+        return closed_form(self.bits, self.quant_min)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize `x`.
+
+        Raises:
+            NonFiniteError: `x` holds NaN or infinity.
+        """
+        if not self._ready and self.training and self._observing:
+            self.initialize(x)
+        if not self._quantizing:
+            return x
+        return dls_fake_quant(
+            x,
+            self.scale_weights,
+            self.shift_weights,
+            self.quant_min,
+            self.quant_max,
+            self.per_tensor,
+            self.cap,
+            self.clamp_output,
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set the scalars, and the sign of the range, from a first batch."""
+        if x.numel() == 0:
+            return
+        check_finite("dls_fake_quant", "x", x)
+        if self.signed == "auto":
+            self.signed_range.fill_(int(float(x.min()) < SIGNED_BELOW))
+            self.quant_min, self.quant_max = code_range(self.bits, bool(self.signed_range[0]))
+        if self.init in NAMED_PRESETS:
+            found = self._start()
+        elif self.init == "closed_form":
+            found = closed_form(self.bits, self.quant_min)
+        else:
+            found = searched_scalars(x, self.bits, self.quant_min, self.per_tensor)
+        self.scale_weights.copy_(found.scale_weights)
+        self.shift_weights.copy_(found.shift_weights)
+        self.mark_initialized()
+
+    def sync(self) -> None:
+        """Bring the Python attributes in line with the buffers."""
+        super().sync()
+        self.quant_min, self.quant_max = code_range(self.bits, bool(self.signed_range[0]))
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """DLS has no static step: each input brings its own.
+
+        Raises:
+            QmirError: always; `convert` is the way to lower this quantizer.
+        """
+        raise QmirError(
+            "DLSFakeQuantize has no static scale and zero point: step and shift are predicted for "
+            "each input. Lower the model with qmir_ao.convert_and_lower, or use "
+            "get_qmir_qconfig(activation='static') for a static quantizer"
+        )
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Replace the call of this quantizer in a graph by operators.
+
+        A dynamic activation becomes qparams, quantize and dequantize; anything that is not on the
+        integer grid, or does not fit int8 codes, stays one `dls_fake_quant`.
+        """
+        if not self._quantizing:
+            return pass_through(model, node)
+        source, qmir, graph = node.all_input_nodes[0], torch.ops.qmir, model.graph
+        with graph.inserting_before(node):
+            scalars = constants(
+                model,
+                node,
+                scale_weights=self.scale_weights,
+                shift_weights=self.shift_weights,
+            )
+            arguments = (
+                source,
+                *scalars,
+                self.quant_min,
+                self.quant_max,
+                self.per_tensor,
+                self.cap,
+            )
+            off_grid = self.constant or self.clamp_output or is_constant(source)
+            if off_grid or self.quant_max > 127:
+                new = graph.call_function(
+                    qmir.dls_fake_quant.default, (*arguments, self.clamp_output)
+                )
+                new.meta["qmir_source"] = node.name
+                return put_in_place(model, node, new)
+            predicted = graph.call_function(qmir.dls_qparams.default, arguments)
+            step = graph.call_function(operator.getitem, (predicted, 0))
+            shift = graph.call_function(operator.getitem, (predicted, 1))
+            quantize_dequantize(model, node, (step, shift), self.quant_min, self.quant_max)
+        return None
+
+    def extra_repr(self) -> str:
+        """Settings, for printing a model."""
+        return (
+            f"bits={self.bits}, preset={self.preset!r}, init={self.init!r}, "
+            f"per_tensor={self.per_tensor}, cap={self.cap}, clamp_output={self.clamp_output}, "
+            f"signed={self.signed!r}, constant={self.constant}"
+        )

@@ -1,0 +1,103 @@
+"""QConfigs of the quantizers: which fake-quantizer, at how many bits, for activations and weights."""
+
+from typing import Any
+
+from torch.ao.quantization import QConfig, QConfigMapping
+
+from qmir_ao.errors import ConfigError
+from qmir_ao.quant.fake_quant import DLSFakeQuantize
+from qmir_ao.quant.patterns import SCAN
+from qmir_ao.quant.rfa import RFAFakeQuantize
+from qmir_ao.quant.spec import check_bits
+from qmir_ao.quant.static import StaticFakeQuantize
+
+ACTIVATIONS: dict[str, type[Any]] = {"dls": DLSFakeQuantize, "static": StaticFakeQuantize}
+WEIGHTS: dict[str, type[Any]] = {"rfa": RFAFakeQuantize}
+PRESETS = (None, "paper", "official")
+
+
+def _choose(kind: str, name: str, table: dict[str, type[Any]]) -> type[Any]:
+    if name not in table:
+        raise ConfigError(f"{kind}={name!r} is unknown; allowed: {', '.join(map(repr, table))}")
+    return table[name]
+
+
+def get_qmir_qconfig(
+    weight_bits: int = 4,
+    act_bits: int = 4,
+    *,
+    activation: str = "dls",
+    weight: str = "rfa",
+    preset: str | None = None,
+    init: str | None = None,
+    granularity: str | None = None,
+) -> QConfig:
+    """Build a `torch.ao.quantization.QConfig` from names.
+
+    Args:
+        weight_bits: 2 to 8.
+        act_bits: 2 to 8.
+        activation: "dls" (dynamic, per sample) or "static" (learned scale and shift).
+        weight: "rfa".
+        preset: "official" for bit parity with the published code, "paper" for the paper's plain
+            form, None for the defaults that won in this project's own evidence.
+        init: initialisation of DLS; None leaves it to the preset.
+        granularity: "per_channel" or "per_tensor" weights; None leaves it to the preset.
+
+    Raises:
+        ConfigError: unknown bits or names, with the allowed ones.
+
+    Source: design of torch.ao's QConfig; Q-MambaIR section 3.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset={preset!r} is unknown; allowed: None, 'paper', 'official'")
+    act_kwargs: dict[str, Any] = {"bits": check_bits(act_bits)}
+    weight_kwargs: dict[str, Any] = {"bits": check_bits(weight_bits)}
+    if preset is not None and activation == "dls":
+        act_kwargs["preset"] = preset
+    if preset is not None:
+        weight_kwargs["preset"] = preset
+    if init is not None:
+        act_kwargs["init"] = init
+    if granularity is not None:
+        weight_kwargs["granularity"] = granularity
+    act, wgt = _choose("activation", activation, ACTIVATIONS), _choose("weight", weight, WEIGHTS)
+    qconfig = QConfig(
+        activation=act.with_args(**act_kwargs), weight=wgt.with_args(**weight_kwargs)
+    )
+    # Constructed once here, so that a bad combination fails at this call and not deep in prepare.
+    qconfig.activation()
+    qconfig.weight()
+    return qconfig
+
+
+qmir_qconfig = get_qmir_qconfig()
+"""DLS 4-bit activations and RFA 4-bit weights."""
+
+
+def official_mapping(qconfig: QConfig) -> QConfigMapping:
+    """The published code's placement: DLS on scan operands and out_proj, static elsewhere.
+
+    Raises:
+        ConfigError: not a plain QConfig with DLS activations.
+
+    Source: the published architecture file; see `docs/numerics.md`.
+    """
+    if not isinstance(qconfig, QConfig):
+        raise ConfigError(
+            "placement='official' needs one QConfig, got a "
+            f"{type(qconfig).__name__}; with a QConfigMapping state the placement in the mapping"
+        )
+    probe = qconfig.activation()
+    if not isinstance(probe, DLSFakeQuantize):
+        raise ConfigError(
+            f"placement='official' needs DLS activations, got {type(probe).__name__}; "
+            "use get_qmir_qconfig(..., activation='dls')"
+        )
+    static = QConfig(
+        activation=StaticFakeQuantize.with_args(bits=probe.bits), weight=qconfig.weight
+    )
+    mapping = QConfigMapping().set_global(static).set_module_name_regex(r".*out_proj$", qconfig)
+    for target in SCAN.targets:
+        mapping.set_object_type(target, qconfig)
+    return mapping

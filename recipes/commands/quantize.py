@@ -1,0 +1,108 @@
+"""`qmir quantize`: quantization-aware training from float weights, then the integer network."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qmir_ao.errors import ConfigError
+from qmir_ao.recipes.commands import options
+from qmir_ao.recipes.console import emit_facts, emit_json, progress, status
+
+QAT_WEIGHTS = "qat.safetensors"
+
+
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Name of the zoo or float weights file.")
+    ],
+    folders: Annotated[list[Path], typer.Argument(help="Folders with training images.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")
+    ],
+    bits: Annotated[int, typer.Option(help="Bits of weights and activations.")] = 4,
+    weight_bits: Annotated[int | None, typer.Option(help="Bits of weights only.")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Bits of activations only.")] = None,
+    iterations: options.Iterations = 2000,
+    batch: options.Batch = 4,
+    patch: options.Patch = 32,
+    learning_rate: options.LearningRate = 8e-4,
+    seed: options.Seed = 0,
+    arch: options.Arch = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train a model at low bit width and save the network that runs in integers."""
+    _check_output(output)
+    with status("loading the model"):
+        import qmir_ao
+        from qmir_ao.recipes.checkpoint import save_weights
+        from qmir_ao.recipes.data import PatchDataset
+        from qmir_ao.recipes.loading import load_model
+        from qmir_ao.recipes.qat import qat_options, train_quantized
+
+        settings = qat_options(
+            iterations, learning_rate=learning_rate, batch=batch, patch=patch, seed=seed
+        )
+        widths = {
+            "weight_bits": bits if weight_bits is None else weight_bits,
+            "act_bits": bits if act_bits is None else act_bits,
+        }
+        qconfig = qmir_ao.get_qmir_qconfig(**widths)
+        loaded = load_model(model, arch)
+    if loaded.source == "lowered" or loaded.scale < 2:
+        raise ConfigError(
+            f"quantize: {loaded.name} is {'lowered already' if loaded.scale > 1 else 'no enlarger'}"
+            "; give a float super-resolution network"
+        )
+    with progress("reading images") as report:
+        dataset = PatchDataset(
+            folders,
+            scale=loaded.scale,
+            patch=patch,
+            length=batch * iterations,
+            seed=seed,
+            progress=report,
+        )
+    label = f"training {loaded.name} at W{widths['weight_bits']}A{widths['act_bits']}"
+    with progress(label) as report:
+        result = train_quantized(loaded.model, dataset, settings, qconfig, progress=report)
+    facts: dict[str, Any] = {
+        "model": loaded.name,
+        **widths,
+        "iterations": result.training.iterations,
+        "minutes": round(result.training.minutes, 2),
+        "loss": result.training.loss,
+    }
+    with status("lowering to integers"):
+        lowered = qmir_ao.convert_and_lower(result.prepared, target="cpu")
+        scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        try:
+            qmir_ao.save(lowered, scratch / "lowered")
+            save_weights(result.prepared, scratch / "lowered" / QAT_WEIGHTS, facts)
+            os.replace(scratch / "lowered", output)
+        finally:
+            shutil.rmtree(scratch)
+    _show({**facts, "folder": str(output), "lowering": lowered.report.to_dict()}, as_json)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"quantize: {output} exists; name a new folder or remove it")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"quantize: {output.absolute().parent} is not a folder; make it first")
+
+
+def _show(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit_json(document)
+        return
+    lowering = document.pop("lowering")
+    document["integer operators"] = len(lowering["operators"])
+    document["left in float"] = len(lowering["left_in_float"])
+    packed = sum(record["weight_bytes"] for record in lowering["operators"])
+    floats = sum(record["float_bytes"] for record in lowering["operators"])
+    document["quantized weights"] = f"{packed:,} bytes ({floats:,} in float32)"
+    emit_facts(document)

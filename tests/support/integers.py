@@ -1,0 +1,64 @@
+"""Operands of the integer operators, and an own packer: what the tests compare against."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+FILLS = ("random", "min", "max", "ends")
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def codes(rng: np.random.Generator, shape: tuple[int, ...], bits: int, fill: str) -> np.ndarray:
+    """int8 codes: random, all of one extreme, or both extremes mixed."""
+    low, high = code_range(bits)
+    if fill == "random":
+        return rng.integers(low, high, shape, endpoint=True).astype(np.int8)
+    if fill == "ends":
+        return rng.choice(np.array([low, high], np.int8), shape)
+    return np.full(shape, low if fill == "min" else high, np.int8)
+
+
+def pack_fields(values: np.ndarray, bits: int) -> torch.Tensor:
+    """Little-end-first two's complement fields, by way of single bits."""
+    fields = values.reshape(-1, 1).astype(np.int64) >> np.arange(bits) & 1
+    return torch.from_numpy(np.packbits(fields.astype(np.uint8), bitorder="little"))
+
+
+def grid(rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random positive steps and shifts of either sign, float32."""
+    step = rng.uniform(0.01, 0.5, count).astype(np.float32)
+    shift = rng.normal(0.0, 1.0, count).astype(np.float32)
+    return torch.from_numpy(step), torch.from_numpy(shift)
+
+
+def dequantize(values: torch.Tensor, step: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """step * q - shift per slice of dim 0, in float64."""
+    per_slice = (-1, *[1] * (values.dim() - 1))
+    return step.double().reshape(per_slice) * values.double() - shift.double().reshape(per_slice)
+
+
+def with_threads(count: int, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Result of `function` on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal to the last bit, signs of zeros and NaN included."""
+    left, right = left.contiguous(), right.contiguous()
+    equal_kind = left.shape == right.shape and left.dtype == right.dtype
+    return equal_kind and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+seeds = st.integers(0, 2**31 - 1)
+containers = st.sampled_from([2, 4, 8])
+fills = st.sampled_from(FILLS)
