@@ -7,6 +7,9 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
+# Waiting OpenMP threads sleep: two busy processes on the same cores do not starve each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import qmir_ao
+from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.recipes.data import to_pixels, to_tensor
 from qmir_ao.recipes.diagnose import cpu_name, kernels
 from qmir_ao.recipes.evaluate import bicubic_upscale
@@ -67,7 +68,7 @@ class DemoOptions:
         seed: seed of patches and quantizers.
     """
 
-    widths: tuple[Width, ...] = (Width(4, 150), Width(2, 300))
+    widths: tuple[Width, ...] = (Width(4, 200), Width(2, 500))
     batch: int = 4
     patch: int = 32
     seed: int = 0
@@ -131,7 +132,7 @@ def _latency(model: nn.Module, x: torch.Tensor) -> float:
     return median(times)
 
 
-def _save(lowered: nn.Module, folder: Path) -> int:
+def _save(lowered: LoweredModule, folder: Path) -> int:
     """Save a lowered model, replacing that of an older run; return its bytes on disk."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         qmir_ao.save(lowered, Path(scratch) / folder.name)
@@ -167,9 +168,7 @@ def _integer(
     """Lower a trained network, save it, and measure it."""
     lowered = qmir_ao.convert_and_lower(result.prepared, target="cpu")
     restored, fake = _restore(lowered, images), _restore(result.prepared, images)
-    report = lowered.report.to_dict()
-    packed = sum(record["weight_bytes"] for record in report["operators"])
-    floats = sum(record["float_bytes"] for record in report["operators"])
+    report = lowered.report
     probe = _probe(images[0])
     method = {
         "key": width.key,
@@ -179,12 +178,13 @@ def _integer(
         "iterations": width.iterations,
         **_scores(restored, images, scale),
         "fake_quantized_psnr": fmean(psnr_y(fake[i.name], i.truth, scale) for i in images),
-        "weight_bytes": packed,
-        "weight_float_bytes": floats,
-        "compression": floats / packed,
+        "weight_bytes": report.weight_bytes,
+        "scale_bytes": report.scale_bytes,
+        "weight_float_bytes": report.float_bytes,
+        "compression": report.float_bytes / report.weight_bytes,
         "file_bytes": _save(lowered, folder / width.key),
-        "integer_operators": len(report["operators"]),
-        "left_in_float": report["left_in_float"],
+        "integer_operators": len(report.operators),
+        "left_in_float": [asdict(record) for record in report.left_in_float],
         "latency_ms": _latency(lowered, probe),
         "operators": qmir_ao.compare(result.prepared, lowered, probe),
         "loss": result.losses,

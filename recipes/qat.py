@@ -1,12 +1,12 @@
 """Quantization-aware training of a float network, and its integer form."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.ao.quantization import QConfig
+from torch.fx import GraphModule
 
 import qmir_ao
 from qmir_ao.recipes.data import PatchDataset
@@ -19,7 +19,7 @@ LEARNING_RATE = 8e-4
 class QATResult:
     """A trained network with fake-quantizers and how its training went."""
 
-    prepared: nn.Module
+    prepared: GraphModule
     losses: list[float]
     training: TrainResult
 
@@ -67,7 +67,7 @@ def train_quantized(
         NonFiniteError: the training diverged.
     """
     torch.manual_seed(options.seed)
-    prepared = qmir_ao.prepare_qat(copy.deepcopy(model).train(), qconfig)
+    prepared = qmir_ao.prepare_qat(model, qconfig)
     losses: list[float] = []
 
     def report(done: int, total: int, loss: float) -> None:
@@ -76,4 +76,5 @@ def train_quantized(
             progress(done, total)
 
     training = fit(prepared, dataset, options, progress=report)
-    return QATResult(prepared.eval(), losses, training)
+    prepared.eval()
+    return QATResult(prepared, losses, training)

@@ -5,6 +5,7 @@ The page opens offline: images are data URIs, plots are inline SVG, and there is
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,14 @@ def _panels(picture: Picture, document: Document) -> list[dict[str, Any]]:
     return [*panels, {"label": "Ground truth", "uri": data_uri(truth)}]
 
 
+def _grouped(records: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Operators left in float, one row for each kind and reason, most frequent first."""
+    counts = Counter((record["op"], record["reason"]) for record in records)
+    return [
+        {"op": op, "reason": reason, "count": count} for (op, reason), count in counts.most_common()
+    ]
+
+
 def _kilobytes(count: float) -> str:
     return f"{count / 1000:,.1f} kB"
 
@@ -137,7 +146,7 @@ def render(document: Document, pictures: list[Picture]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"kilobytes": _kilobytes, "signed": _signed}
+    environment.filters |= {"kilobytes": _kilobytes, "signed": _signed, "grouped": _grouped}
     quantized = [method for method in document["methods"] if method["weight_bits"] < 32]
     return environment.get_template(TEMPLATE).render(
         report=document,

@@ -11,6 +11,7 @@ import qmir_ao
 
 PUBLIC = [
     "DLSFakeQuantize",
+    "QmirError",
     "QmirQuantizer",
     "RFAFakeQuantize",
     "compare",

@@ -11,8 +11,8 @@ from qmir_ao.recipes.console import OUT, emit_json, emit_table, progress, status
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("demo"),
-    steps_w4a4: Annotated[int, typer.Option(min=1, help="Training steps at 4 bits.")] = 150,
-    steps_w2a2: Annotated[int, typer.Option(min=1, help="Training steps at 2 bits.")] = 300,
+    steps_w4a4: Annotated[int, typer.Option(min=1, help="Training steps at 4 bits.")] = 200,
+    steps_w2a2: Annotated[int, typer.Option(min=1, help="Training steps at 2 bits.")] = 500,
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:

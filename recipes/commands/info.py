@@ -3,57 +3,56 @@
 from typing import TYPE_CHECKING, Any
 
 from qmir_ao.recipes.commands import options
-from qmir_ao.recipes.console import emit_facts, emit_json, emit_table, status
+from qmir_ao.recipes.console import OUT, emit_facts, emit_json, emit_table, status
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from qmir_ao.backend.lowered import LoweredModule
+
+COLUMNS = ("source", "kind", "weight_bits", "act_bits", "weight_bytes", "float_bytes")
 
 
 def info(model: options.Model, arch: options.Arch = None, as_json: options.AsJson = False) -> None:
     """Show what a model is: parameters, bytes, integer and float operators."""
     with status("loading the model"):
+        from qmir_ao.backend.lowered import LoweredModule
         from qmir_ao.recipes.loading import load_model
         from qmir_ao.recipes.models import create_model, list_models
 
         # A zoo name needs no weights to be described.
         if model in list_models():
-            document = {"model": model, "source": "zoo", **_float_facts(create_model(model))}
+            network, facts = create_model(model), {"model": model, "source": "zoo"}
         else:
             loaded = load_model(model, arch)
-            facts = _lowered_facts if loaded.source == "lowered" else _float_facts
-            document = {"model": loaded.name, "source": loaded.source, **facts(loaded.model)}
-    if as_json:
-        emit_json(document)
-        return
-    operators, left = document.pop("operators", []), document.pop("left_in_float", [])
-    emit_facts({name.replace("_", " "): value for name, value in document.items()})
-    if operators:
-        columns = ["name", "kind", "weight_bits", "act_bits", "weight_bytes", "float_bytes"]
-        emit_table("integer operators", columns, [[str(r[c]) for c in columns] for r in operators])
-        columns = ["op", "module", "reason"]
-        emit_table("left in float", columns, [[str(r[c]) for c in columns] for r in left])
+            network, facts = loaded.model, {"model": loaded.name, "source": loaded.source}
+    if isinstance(network, LoweredModule):
+        _show_lowered(network, facts, as_json)
+    elif as_json:
+        emit_json(facts | _float_facts(network))
+    else:
+        emit_facts(facts | _float_facts(network))
+
+
+def _bytes(model: "nn.Module") -> int:
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
 
 def _float_facts(model: "nn.Module") -> dict[str, Any]:
-    tensors = model.state_dict().values()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "bytes": _bytes(model),
         "scale": int(getattr(model, "scale", 1)),
         "architecture": type(model).__name__,
     }
 
 
-def _lowered_facts(model: "nn.Module") -> dict[str, Any]:
-    report: dict[str, Any] = model.report.to_dict()
-    tensors = model.state_dict().values()
-    operators = report["operators"]
-    return {
-        "bytes": sum(t.numel() * t.element_size() for t in tensors),
-        "quantized_weight_bytes": sum(record["weight_bytes"] for record in operators),
-        "their_float32_bytes": sum(record["float_bytes"] for record in operators),
-        "integer_operators": len(operators),
-        "float_operators": len(report["left_in_float"]),
-        "operators": operators,
-        "left_in_float": report["left_in_float"],
-    }
+def _show_lowered(model: "LoweredModule", facts: dict[str, Any], as_json: bool) -> None:
+    report = model.report.to_dict()
+    if as_json:
+        emit_json({**facts, "bytes": _bytes(model), **report})
+        return
+    rows = [[str(record[column]) for column in COLUMNS] for record in report["operators"]]
+    emit_facts({**facts, "bytes": _bytes(model)})
+    emit_table("integer operators", [column.replace("_", " ") for column in COLUMNS], rows)
+    OUT.print(str(model.report), markup=False)

@@ -50,7 +50,7 @@ def quantize(
             "weight_bits": bits if weight_bits is None else weight_bits,
             "act_bits": bits if act_bits is None else act_bits,
         }
-        qconfig = qmir_ao.get_qmir_qconfig(**widths)
+        qconfig = qmir_ao.get_qmir_qconfig(widths["weight_bits"], widths["act_bits"])
         loaded = load_model(model, arch)
     if loaded.source == "lowered" or loaded.scale < 2:
         raise ConfigError(
@@ -102,7 +102,6 @@ def _show(document: dict[str, Any], as_json: bool) -> None:
     lowering = document.pop("lowering")
     document["integer operators"] = len(lowering["operators"])
     document["left in float"] = len(lowering["left_in_float"])
-    packed = sum(record["weight_bytes"] for record in lowering["operators"])
-    floats = sum(record["float_bytes"] for record in lowering["operators"])
+    packed, floats = lowering["weight_bytes"], lowering["float_bytes"]
     document["quantized weights"] = f"{packed:,} bytes ({floats:,} in float32)"
     emit_facts(document)

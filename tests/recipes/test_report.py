@@ -36,7 +36,7 @@ def _method(key: str, bits: int) -> dict[str, Any]:
             "iterations": 5,
             "fake_quantized_psnr": 30.2,
             "left_in_float": [
-                {"name": "x", "op": "conv2d", "module": "<first>", "reason": "first & last"}
+                {"name": "x", "op": "<conv>", "module": "first", "reason": "first & last"}
             ],
             "operators": [
                 {"name": f"o{i}", "kind": kind, "sqnr_db": 10.0 + i}
@@ -143,7 +143,7 @@ def test_every_picture_is_embedded(
 def test_text_is_escaped(document: dict[str, Any], pictures: list[report.Picture]) -> None:
     text = report.render(document, pictures)
     assert "a &lt;fast&gt; one" in text
-    assert "&lt;first&gt;" in text
+    assert "&lt;conv&gt;" in text
     assert "first &amp; last" in text
 
 

@@ -1,0 +1,60 @@
+"""A lowered model: a graph of integer operators with its report."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from qmir_ao.backend.report import LoweringReport
+from qmir_ao.quant.constants import attribute
+
+
+class LoweredModule(nn.Module):
+    """What `convert_and_lower` returns; call it like the network it came from.
+
+    Attributes:
+        graph_module: the graph of integer and remaining float operators.
+        report: what became of each operator.
+        target: "cpu".
+    """
+
+    def __init__(self, graph_module: GraphModule, report: LoweringReport, target: str) -> None:
+        """Wrap a finished graph; `convert_and_lower` and `load` do this."""
+        super().__init__()
+        self.graph_module, self.report, self.target = graph_module, report, target
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, *args: Any) -> Any:
+        """Run the graph without recording gradients."""
+        with torch.no_grad():
+            return self.graph_module(*args)
+
+
+def only_referenced(graph_module: GraphModule) -> GraphModule:
+    """A copy of the graph that owns just the tensors and modules it reads.
+
+    Float copies of quantized weights and the fake-quantizers are gone with the rest.
+    """
+    graph: Graph = graph_module.graph
+    root: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value = attribute(graph_module, str(node.target)).detach()
+            flat = str(node.target).replace(".", "_")
+            while flat in root and root[flat].data_ptr() != value.data_ptr():
+                flat += "_"
+            node.target = flat
+            root[flat] = value
+        elif node.op == "call_module":
+            root[str(node.target)] = graph_module.get_submodule(str(node.target))
+    kept = GraphModule(root, graph)
+    for name, value in root.items():
+        if isinstance(value, torch.Tensor):
+            if name in kept._parameters:
+                del kept._parameters[name]
+            kept._buffers.pop(name, None)
+            kept.__dict__.pop(name, None)
+            kept.register_buffer(name, value)
+    return kept

@@ -1,0 +1,190 @@
+"""What became of each operator: integers or float, at how many bytes, and why."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qmir_ao.passes.lower import REASON, SOURCE
+from qmir_ao.quant.constants import attribute
+from qmir_ao.quant.patterns import module_path
+
+aten, qmir = torch.ops.aten, torch.ops.qmir
+
+KINDS: dict[Any, str] = {
+    qmir.linear.default: "linear",
+    qmir.conv2d.default: "conv2d",
+    qmir.selective_scan_q.default: "selective_scan",
+}
+_PLUMBING = (
+    "getitem getattr size sym_size reshape view permute transpose flip stack cat split chunk "
+    "split_with_sizes unbind select slice squeeze unsqueeze expand contiguous flatten clone "
+    "pixel_shuffle check_input dls_qparams dls_quantize dls_dequantize rfa_dequantize "
+    "rfa_quantize pack linear conv2d selective_scan_q full ones zeros new_ones ones_like "
+    "zeros_like lift_fresh_copy floordiv alias detach _assert_tensor_metadata to t"
+).split()
+_WEIGHTED = ("linear", "conv1d", "conv2d", "conv_transpose2d", "matmul", "bmm", "mm", "einsum")
+_NORMS = ("layer_norm", "batch_norm", "group_norm", "native_layer_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorRecord:
+    """One operator that runs on integer codes."""
+
+    name: str
+    source: str
+    module: str
+    kind: str
+    weight_bits: int | None
+    act_bits: int
+    weight_bytes: int
+    scale_bytes: int
+    float_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatRecord:
+    """One operator that stays in float, and why."""
+
+    name: str
+    op: str
+    module: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweringReport:
+    """All operators of a lowered model.
+
+    Attributes:
+        operators: what runs on integer codes.
+        left_in_float: what does not; reshapes and other data movement are not listed.
+        float_parameter_bytes: parameters of the operators in float.
+    """
+
+    operators: list[OperatorRecord]
+    left_in_float: list[FloatRecord]
+    float_parameter_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all packed weights."""
+        return sum(r.weight_bytes for r in self.operators)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of their steps and shifts."""
+        return sum(r.scale_bytes for r in self.operators)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes the quantized weights took in float32."""
+        return sum(r.float_bytes for r in self.operators)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        totals = {
+            "weight_bytes": self.weight_bytes,
+            "scale_bytes": self.scale_bytes,
+            "float_bytes": self.float_bytes,
+        }
+        return dataclasses.asdict(self) | totals
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "LoweringReport":
+        """The inverse of `to_dict`."""
+        return LoweringReport(
+            [OperatorRecord(**r) for r in data["operators"]],
+            [FloatRecord(**r) for r in data["left_in_float"]],
+            int(data["float_parameter_bytes"]),
+        )
+
+    def __str__(self) -> str:
+        """A short table: integer operators by kind, then float operators by reason."""
+        lines = [f"{len(self.operators)} operators on integer codes"]
+        for kind in sorted({r.kind for r in self.operators}):
+            lines.append(f"  {kind}: {sum(r.kind == kind for r in self.operators)}")
+        lines.append(
+            f"  weights: {self.weight_bytes} bytes packed (+ {self.scale_bytes} of scales), "
+            f"{self.float_bytes} bytes in float32"
+        )
+        lines.append(f"{len(self.left_in_float)} operators in float")
+        for reason in dict.fromkeys(r.reason for r in self.left_in_float):
+            ops = [r.op for r in self.left_in_float if r.reason == reason]
+            counts = ", ".join(f"{op} x{ops.count(op)}" for op in dict.fromkeys(ops))
+            lines.append(f"  {reason}: {counts}")
+        return "\n".join(lines)
+
+
+def op_name(node: Node) -> str:
+    """Short name of what a node calls, without namespace and overload."""
+    if node.op == "call_function":
+        target: Any = node.target
+        packet = getattr(target, "overloadpacket", None)
+        name = packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+        return str(name)
+    return str(node.target)
+
+
+def _reason(node: Node, name: str) -> str:
+    if REASON in node.meta:
+        return str(node.meta[REASON])
+    if name in _NORMS:
+        return "normalization stays in float, as in the paper"
+    if name in _WEIGHTED or name == "selective_scan":
+        return "it has no quantizer"
+    if node.op == "call_module":
+        return "no integer form of this module"
+    return "element-wise or pooling arithmetic stays in float"
+
+
+def _bytes(graph_module: GraphModule, *nodes: Any) -> int:
+    tensors = [
+        attribute(graph_module, str(n.target))
+        for n in nodes
+        if isinstance(n, Node) and n.op == "get_attr"
+    ]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _operator(graph_module: GraphModule, node: Node) -> OperatorRecord:
+    kind = KINDS[node.target]
+    weights = scales = floats = 0
+    if kind != "selective_scan":
+        packed, step, shift = node.args[3:6]
+        weights = _bytes(graph_module, packed)
+        scales = _bytes(graph_module, step, shift)
+        floats = 4 * weights * 8 // int(node.args[7])
+        if kind == "conv2d":
+            floats = 4 * torch.Size(node.args[8]).numel()
+    return OperatorRecord(
+        name=node.name,
+        source=str(node.meta.get(SOURCE, node.name)),
+        module=str(node.meta.get("qmir_module", "")),
+        kind=kind,
+        weight_bits=node.meta.get("weight_bits"),
+        act_bits=int(node.meta.get("act_bits", 8)),
+        weight_bytes=weights,
+        scale_bytes=scales,
+        float_bytes=floats,
+    )
+
+
+def make_report(graph_module: GraphModule) -> LoweringReport:
+    """Read the report off a lowered graph."""
+    operators, floats = [], []
+    packed = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        name = op_name(node)
+        if node.target in KINDS:
+            operators.append(_operator(graph_module, node))
+            packed.update(a for a in node.args if isinstance(a, Node) and a.op == "get_attr")
+        elif name not in _PLUMBING or node.target in (aten.linear.default, aten.conv2d.default):
+            path = str(node.meta.get("qmir_module") or module_path(node))
+            floats.append(FloatRecord(node.name, name, path, _reason(node, name)))
+    plain = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n not in packed]
+    targets = {n.target: n for n in plain}
+    return LoweringReport(operators, floats, _bytes(graph_module, *targets.values()))

@@ -1,0 +1,211 @@
+"""Replace float operators between dequantize and dequantize by integer operators."""
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+import qmir_ao.ops.conv2d
+import qmir_ao.ops.dls_fake_quant
+import qmir_ao.ops.linear
+import qmir_ao.ops.selective_scan
+import qmir_ao.ops.selective_scan_q  # noqa: F401  (define the operators named below)
+from qmir_ao.passes.base import Pass
+from qmir_ao.quant.patterns import module_path
+
+aten, qmir = torch.ops.aten, torch.ops.qmir
+
+SOURCE = "qmir_source"
+"""Key of `node.meta`: the node of the prepared graph that a lowered node stands for."""
+REASON = "qmir_float_reason"
+"""Key of `node.meta`: why a quantizable operator stays in float."""
+
+
+def codes_of(node: Any) -> tuple[Node, Node, Node] | None:
+    """(codes, step, shift) where `node` is their dequantized value, else None."""
+    if isinstance(node, Node) and node.target is qmir.dls_dequantize.default:
+        codes, step, shift = node.args
+        return codes, step, shift
+    return None
+
+
+def weight_of(node: Any) -> tuple[Any, ...] | None:
+    """(packed, step, shift, size, bits) where `node` is a dequantized weight, else None."""
+    if isinstance(node, Node) and node.target is qmir.rfa_dequantize.default:
+        return node.args
+    return None
+
+
+def code_width(codes: Node) -> int:
+    """Bits of the codes a quantize node makes."""
+    return (int(codes.args[4]) - int(codes.args[3])).bit_length()
+
+
+def _finish(node: Node, new: Node, lowered: Node, act_bits: int, levels_bits: int | None) -> None:
+    path = str(node.meta.get("qmir_module") or module_path(node))
+    new.meta = {k: v for k, v in node.meta.items() if k != REASON}
+    lowered.meta.update(
+        {
+            SOURCE: node.meta.get(SOURCE, node.name),
+            "qmir_module": path,
+            "act_bits": act_bits,
+            "weight_bits": levels_bits,
+        }
+    )
+    node.replace_all_uses_with(new)
+
+
+def _both(node: Node) -> tuple[Any, Any] | None:
+    """Codes and weight of a linear or convolution node; notes the reason where one is missing."""
+    x, w = codes_of(node.args[0]), weight_of(node.args[1])
+    if x is None and w is None:
+        return None
+    if x is None or w is None:
+        node.meta.setdefault(REASON, f"its {'input' if x is None else 'weight'} is not quantized")
+        return None
+    return x, w
+
+
+class DecomposeFakeQuantize(Pass):
+    """Split DLS fake-quantize operators on activations into qparams, quantize and dequantize.
+
+    torch.compile traces through the fake-quantizer modules and leaves such operators. Those with
+    an output clamp are off the integer grid and stay. Exact.
+    """
+
+    def rewrite(self, graph_module: GraphModule) -> int:
+        """Split every fake-quantize operator that lies on the integer grid."""
+        changed = 0
+        for node in list(graph_module.graph.nodes):
+            if node.target is not qmir.dls_fake_quant.default:
+                continue
+            x, w, v, low, high, per_tensor, cap, clamp = node.args
+            if clamp or high > 127:
+                continue
+            graph = graph_module.graph
+            with graph.inserting_before(node):
+                predicted = graph.call_function(
+                    qmir.dls_qparams.default, (x, w, v, low, high, per_tensor, cap)
+                )
+                grid = [graph.call_function(operator.getitem, (predicted, i)) for i in (0, 1)]
+                codes = graph.call_function(qmir.dls_quantize.default, (x, *grid, low, high))
+                values = graph.call_function(qmir.dls_dequantize.default, (codes, *grid))
+            values.meta = dict(node.meta)
+            node.replace_all_uses_with(values)
+            changed += 1
+        return changed
+
+
+class LowerLinear(Pass):
+    """Replace a linear operator on codes and packed weights by `qmir::linear`.
+
+    Accumulators are exact; the float epilogue rounds as the operator's reference states.
+
+        before: y = linear(dls_dequantize(q, s, b), rfa_dequantize(p, ...), bias)
+        after:  y = qmir.linear(q, s, b, p, step, shift, bias, bits, out_features)
+    """
+
+    requires = ("FoldWeights",)
+
+    def rewrite(self, graph_module: GraphModule) -> int:
+        """Lower every linear operator whose operands are both quantized."""
+        changed = 0
+        for node in list(graph_module.graph.nodes):
+            if node.target is not aten.linear.default or (operands := _both(node)) is None:
+                continue
+            x, (packed, step, shift, size, bits) = operands
+            bias = node.args[2] if len(node.args) > 2 else None
+            with graph_module.graph.inserting_before(node):
+                new = graph_module.graph.call_function(
+                    qmir.linear.default, (*x, packed, step, shift, bias, bits, size[0])
+                )
+            _finish(node, new, new, code_width(x[0]), bits)
+            changed += 1
+        return changed
+
+
+class LowerConv(Pass):
+    """Replace a convolution on codes and packed weights by `qmir::conv2d`.
+
+    A one-dimensional convolution becomes a two-dimensional one of height 1. Zero padding pads the
+    value 0, not the code 0: the operator counts only taps inside the image. Accumulators are exact.
+    """
+
+    requires = ("FoldWeights",)
+
+    def rewrite(self, graph_module: GraphModule) -> int:
+        """Lower every convolution whose operands are both quantized."""
+        changed = 0
+        for node in list(graph_module.graph.nodes):
+            if node.target is aten.conv2d.default:
+                rank = 2
+            elif node.target is aten.conv1d.default:
+                rank = 1
+            else:
+                continue
+            operands = _both(node)
+            if operands is None:
+                continue
+            with graph_module.graph.inserting_before(node):
+                new, lowered = _lower_conv(graph_module.graph, node, operands, rank)
+            x, (_, _, _, _, bits) = operands
+            _finish(node, new, lowered, code_width(x[0]), bits)
+            changed += 1
+        return changed
+
+
+def _lower_conv(
+    graph: torch.fx.Graph, node: Node, operands: tuple[Any, Any], rank: int
+) -> tuple[Node, Node]:
+    (codes, x_step, x_shift), (packed, step, shift, size, bits) = operands
+    defaults = (None, None, None, [1] * rank, [0] * rank, [1] * rank, 1)
+    args = (*node.args, *defaults[len(node.args) :])
+    bias, stride, padding, dilation, groups = args[2:7]
+    size = list(size)
+    if rank == 1:
+        codes = graph.call_function(aten.unsqueeze.default, (codes, 2))
+        size = [*size[:2], 1, size[2]]
+        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    lowered = graph.call_function(
+        qmir.conv2d.default,
+        (codes, x_step, x_shift, packed, step, shift, bias, bits)
+        + (size, list(stride), list(padding), list(dilation), groups),
+    )
+    if rank == 1:
+        return graph.call_function(aten.squeeze.dim, (lowered, 2)), lowered
+    return lowered, lowered
+
+
+class LowerScan(Pass):
+    """Replace a selective scan on codes by `qmir::selective_scan_q`.
+
+    u, delta, B and C arrive as codes; A, D and the delta bias are constants on their grid. With
+    b-bit delta, exp(delta * A) is read from a table of 2^b entries.
+    """
+
+    requires = ("FoldConstants",)
+
+    def rewrite(self, graph_module: GraphModule) -> int:
+        """Lower every scan whose sequences are all quantized."""
+        changed = 0
+        targets = (qmir.selective_scan.default, qmir.selective_scan)
+        for node in list(graph_module.graph.nodes):
+            if node.target not in targets:
+                continue
+            u, delta, A, B, C, D, bias, softplus = node.args
+            sequences = [codes_of(x) for x in (u, delta, B, C)]
+            if any(s is None for s in sequences):
+                if any(s is not None for s in sequences):
+                    node.meta.setdefault(REASON, "not all of u, delta, B and C are quantized")
+                continue
+            qu, qdelta, qB, qC = (s for s in sequences if s is not None)
+            low, high = qdelta[0].args[3:5]
+            with graph_module.graph.inserting_before(node):
+                new = graph_module.graph.call_function(
+                    qmir.selective_scan_q.default,
+                    (*qu, *qdelta, A, *qB, *qC, D, bias, softplus, low, high),
+                )
+            _finish(node, new, new, code_width(qu[0]), None)
+            changed += 1
+        return changed
