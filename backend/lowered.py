@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
+from torch.fx.graph import CodeGen
 
 from qmir_ao.backend.report import LoweringReport
 from qmir_ao.quant.constants import attribute
@@ -30,6 +31,29 @@ class LoweredModule(nn.Module):
         """Run the graph without recording gradients."""
         with torch.no_grad():
             return self.graph_module(*args)
+
+
+def plain_signature(graph: Graph) -> None:
+    """Turn an exported graph that takes and returns plain tensors into an ordinary one.
+
+    torch.export wraps inputs and outputs in pytree code, which a file could not hold. A graph with
+    nested inputs or outputs keeps it.
+    """
+    codegen = graph._codegen
+    info = getattr(codegen, "pytree_info", None)
+    if info is None:
+        return
+    output = next(n for n in graph.nodes if n.op == "output")
+    inputs = info.in_spec.children_specs if hasattr(info.in_spec, "children_specs") else []
+    positional = inputs[0].children_specs if inputs else []
+    plain_inputs = all(s.is_leaf() for s in positional) and not (
+        len(inputs) > 1 and inputs[1].num_leaves
+    )
+    if not plain_inputs or not info.out_spec.is_leaf():
+        return
+    (results,) = output.args
+    output.args = (results[0] if isinstance(results, tuple | list) else results,)
+    graph.set_codegen(CodeGen())
 
 
 def only_referenced(graph_module: GraphModule) -> GraphModule:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
-from qmir_ao.backend.lowered import LoweredModule, only_referenced
+from qmir_ao.backend.lowered import LoweredModule, only_referenced, plain_signature
 from qmir_ao.backend.report import make_report
 from qmir_ao.errors import ConfigError, UnsupportedGraph
 from qmir_ao.passes.pipeline import CPU, check_order, run_passes
@@ -20,6 +20,7 @@ def lower_cpu(prepared: GraphModule) -> LoweredModule:
     check_order(CPU)
     run_passes(graph_module, CPU)
     graph_module.graph.eliminate_dead_code()
+    plain_signature(graph_module.graph)
     lowered = only_referenced(graph_module)
     report = make_report(lowered)
     if not report.operators:

@@ -1,0 +1,197 @@
+"""Prepared against lowered, operator by operator, on equal inputs.
+
+End to end one flipped code may spread through a deep low-bit network; operator by operator the
+integer arithmetic has to reproduce the fake-quantized one. The accumulators are checked against
+exact float64 sums of the codes that the fake-quantizers' outputs stand for.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from qmir_ao.backend.lowered import LoweredModule
+from qmir_ao.backend.report import KINDS
+from qmir_ao.errors import UnsupportedGraph
+from qmir_ao.passes.lower import SOURCE
+from qmir_ao.passes.pipeline import NORMALIZE, run_passes
+from qmir_ao.quant.constants import attribute
+from qmir_ao.quant.patterns import module_of
+from qmir_ao.quant.prepare import is_fake_quantize
+
+aten, qmir = torch.ops.aten, torch.ops.qmir
+
+BOUNDARY_STEPS = 1e-5
+"""How close to a rounding boundary, in steps, a code may flip between the two forms."""
+
+
+def compare_operators(
+    prepared: GraphModule, lowered: LoweredModule, inputs: tuple[Any, ...]
+) -> list[dict[str, Any]]:
+    """Evaluate every integer operator on the inputs its prepared counterpart sees.
+
+    Args:
+        prepared: from `prepare_qat`.
+        lowered: `convert_and_lower(prepared)`, or the same loaded from disk.
+        inputs: inputs of the network.
+
+    Returns:
+        Records with `name, module, kind`; `codes` (activation codes compared), `code_mismatches`,
+        of those `boundary_mismatches` within `BOUNDARY_STEPS` of a rounding boundary; `acc_equal`
+        (None for a scan, whose state is float); `max_error_steps` (largest output difference in
+        units of the accumulator's step); `sqnr_db` against the operator in float; `clip_rate`.
+
+    Raises:
+        UnsupportedGraph: the two models do not belong together.
+    """
+    normalized = copy.deepcopy(prepared)
+    normalized.eval()
+    run_passes(normalized, NORMALIZE)
+    with torch.no_grad():
+        recorder = Interpreter(normalized, garbage_collect_values=False)
+        recorder.run(*inputs)
+        values = recorder.env
+        nodes = {n.name: n for n in normalized.graph.nodes}
+        records = []
+        for node in lowered.graph_module.graph.nodes:
+            if node.target not in KINDS:
+                continue
+            source = nodes.get(str(node.meta.get(SOURCE)))
+            if source is None:
+                raise UnsupportedGraph(
+                    f"lowered node {node.name} has no counterpart in the prepared model; pass the "
+                    "model that was lowered"
+                )
+            records.append(_Operator(lowered.graph_module, node, normalized, source, values).record())
+    return records
+
+
+class _Operator:
+    """One integer operator, its prepared counterpart and the values that one saw."""
+
+    def __init__(
+        self,
+        lowered: GraphModule,
+        node: Node,
+        prepared: GraphModule,
+        source: Node,
+        values: dict[Node, Any],
+    ) -> None:
+        self.lowered, self.node = lowered, node
+        self.prepared, self.source, self.values = prepared, source, values
+        self.kind = KINDS[node.target]
+        self.codes = self.mismatches = self.boundary = 0
+        self.clipped = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """All figures of this operator."""
+        arguments = self._integer_arguments()
+        got = self.node.target(*arguments)
+        want = self.values[self.source].reshape(got.shape)
+        error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
+        unit = self._unit(arguments)
+        return {
+            "name": self.node.name,
+            "module": str(self.node.meta.get("qmir_module", "")),
+            "kind": self.kind,
+            "codes": self.codes,
+            "code_mismatches": self.mismatches,
+            "boundary_mismatches": self.boundary,
+            "acc_equal": None if self.kind == "selective_scan" else self._acc_equal(arguments),
+            "max_error_steps": error / unit if unit else 0.0,
+            "sqnr_db": self._sqnr(got),
+            "clip_rate": self.clipped / max(self.codes, 1),
+        }
+
+    def _integer_arguments(self) -> tuple[Any, ...]:
+        """Arguments of the lowered operator, with codes made from what the prepared one saw."""
+        done: dict[Node, Any] = {}
+
+        def value(node: Node) -> Any:
+            if node in done:
+                return done[node]
+            if node.op == "get_attr":
+                result = attribute(self.lowered, str(node.target))
+            elif node.target is qmir.dls_quantize.default:
+                result = self._quantize(node, value)
+            elif node.target is qmir.dls_qparams.default:
+                x = self._seen(self._quantize_node_of(node))
+                rest = [value(a) if isinstance(a, Node) else a for a in node.args[1:]]
+                result = node.target(x, *rest)
+            else:
+                args = torch.fx.node.map_arg(node.args, value)
+                result = node.target(*args)
+            done[node] = result
+            return result
+
+        return tuple(value(a) if isinstance(a, Node) else a for a in self.node.args)
+
+    def _quantize_node_of(self, qparams: Node) -> Node:
+        """The quantize node that uses a predicted step."""
+        step = next(iter(qparams.users))
+        return next(u for u in step.users if u.target is qmir.dls_quantize.default)
+
+    def _seen(self, quantize: Node) -> Tensor:
+        """What the fake-quantizer behind a quantize node got as its input."""
+        fake = self._fake(quantize)
+        x: Tensor = self.values[fake.all_input_nodes[0]]
+        return x
+
+    def _fake(self, quantize: Node) -> Node:
+        name = quantize.meta[SOURCE]
+        return next(n for n in self.prepared.graph.nodes if n.name == name)
+
+    def _quantize(self, node: Node, value: Any) -> Tensor:
+        x, fake = self._seen(node), self._fake(node)
+        step, shift = value(node.args[1]), value(node.args[2])
+        low, high = node.args[3:5]
+        codes: Tensor = node.target(x, step, shift, low, high)
+        wide = (-1, *([1] * (x.dim() - 1)))
+        s, b = (t.double().reshape(wide) for t in (step, shift))
+        expected = torch.round((self.values[fake].double() + b) / s)
+        t = (x.double() + b) / s
+        differs = expected != codes.double()
+        near = ((t - torch.floor(t)) - 0.5).abs() < BOUNDARY_STEPS
+        self.codes += codes.numel()
+        self.mismatches += int(differs.sum())
+        self.boundary += int((differs & near).sum())
+        self.clipped += float(((t < low - 0.5) | (t > high + 0.5)).sum())
+        return codes
+
+    def _unit(self, arguments: tuple[Any, ...]) -> float:
+        """Value of one accumulator unit: activation step times the largest weight step."""
+        step = float(arguments[1].max()) if arguments[1].numel() else 1.0
+        return step if self.kind == "selective_scan" else step * float(arguments[4].abs().max())
+
+    def _acc_equal(self, arguments: tuple[Any, ...]) -> bool:
+        codes = arguments[0].double()
+        weight = self.values[self.source.args[1]]
+        step, shift = (a.double().reshape(-1, *[1] * (weight.dim() - 1)) for a in arguments[4:6])
+        levels = torch.round((weight.double() + shift) / step)
+        if self.kind == "linear":
+            got = qmir.linear_acc(arguments[0], arguments[3], *arguments[7:9])
+            want = torch.nn.functional.linear(codes, levels)
+        else:
+            got = qmir.conv2d_acc(arguments[0], arguments[3], *arguments[7:])
+            size, stride, padding, dilation, groups = arguments[8:]
+            want = torch.nn.functional.conv2d(
+                codes, levels.reshape(size), None, stride, padding, dilation, groups
+            )
+        return bool((got.double() == want).all())
+
+    def _sqnr(self, got: Tensor) -> float:
+        """Signal to quantization noise in dB, against the same operator on float operands."""
+
+        def unquantized(node: Node) -> Any:
+            if is_fake_quantize(module_of(self.prepared, node)):
+                node = node.all_input_nodes[0]
+            return self.values[node]
+
+        args = torch.fx.node.map_arg(self.source.args, unquantized)
+        assert callable(self.source.target)
+        clean = self.source.target(*args).double().reshape(got.shape)
+        noise = (got.double() - clean).square().sum()
+        signal = clean.square().sum()
+        return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")

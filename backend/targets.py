@@ -1,0 +1,115 @@
+"""Names of what a saved graph may call: an allow-list, so that a file can name nothing else."""
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.nn import functional as F
+
+from qmir_ao.capture.inputs import check_input
+
+_TORCH = (
+    "add sub mul div neg exp abs flip roll stack cat split chunk unbind transpose permute flatten "
+    "reshape squeeze unsqueeze sigmoid tanh relu softmax mean sum matmul bmm einsum conv1d conv2d "
+    "conv_transpose2d zeros ones arange clamp sqrt rsqrt pow maximum minimum where select "
+    "zeros_like ones_like narrow swapaxes movedim"
+).split()
+_FUNCTIONAL = (
+    "linear layer_norm batch_norm gelu silu relu leaky_relu sigmoid tanh softplus softmax pad "
+    "interpolate pixel_shuffle pixel_unshuffle adaptive_avg_pool2d avg_pool2d max_pool2d normalize "
+    "conv1d conv2d group_norm instance_norm unfold fold"
+).split()
+_OPERATOR = "add sub mul truediv floordiv mod neg pow getitem eq ne lt le gt ge".split()
+_METHODS = frozenset(
+    (
+        "view reshape permute transpose flip contiguous expand expand_as flatten squeeze unsqueeze "
+        "split chunk unbind size dim mean sum mul add sub div neg exp sigmoid softmax matmul "
+        "repeat roll narrow select type_as float t view_as clamp sqrt abs to movedim"
+    ).split()
+)
+# Operators that take text are refused unless the text can only name a variant of arithmetic.
+_TEXT_ARGUMENTS = frozenset(("approximate", "rounding_mode", "equation", "padding", "indexing"))
+
+
+class TargetNameError(ValueError):
+    """A call, method or argument that the format has no name for."""
+
+
+def _functions() -> dict[str, Any]:
+    table: dict[str, Any] = {"qmir_ao.check_input": check_input}
+    for prefix, owner, names in (
+        ("operator", operator, _OPERATOR),
+        ("torch", torch, _TORCH),
+        ("F", F, _FUNCTIONAL),
+    ):
+        table |= {f"{prefix}.{name}": getattr(owner, name) for name in names}
+    return table
+
+
+_FUNCTIONS = _functions()
+_NAMES = {target: name for name, target in reversed(_FUNCTIONS.items())}
+
+
+def _allowed_overload(target: torch._ops.OpOverload) -> bool:
+    schema = target._schema
+    texts = [a.name for a in schema.arguments if "str" in str(a.type)]
+    return (
+        target.namespace in ("aten", "qmir")
+        and not schema.is_mutable
+        and all(name in _TEXT_ARGUMENTS for name in texts)
+    )
+
+
+def encode_target(node: Node) -> str:
+    """Name of what a node calls or reads.
+
+    Raises:
+        TargetNameError: it is not in the allow-list.
+    """
+    target: Any = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
+        return str(target)
+    if node.op == "call_method" and target in _METHODS:
+        return str(target)
+    if node.op == "call_function":
+        if isinstance(target, torch._ops.OpOverload):
+            return encode_overload(target)
+        if isinstance(target, torch._ops.OpOverloadPacket):  # as a symbolic trace records it
+            return encode_overload(target.default)
+        if target is getattr and node.args[1:] == ("shape",):
+            return "getattr.shape"
+        if target in _NAMES:
+            return _NAMES[target]
+    raise TargetNameError(f"{node.op} of {target!r}")
+
+
+def encode_overload(target: torch._ops.OpOverload) -> str:
+    """Name of an operator overload, `namespace.name.overload`."""
+    if not _allowed_overload(target):
+        raise TargetNameError(f"call_function of {target}")
+    return f"{target.namespace}.{target.__name__}"
+
+
+def decode_target(op: str, name: str) -> Any:
+    """What a saved node calls or reads.
+
+    Raises:
+        TargetNameError: the name is not in the allow-list.
+    """
+    if op in ("placeholder", "get_attr", "output"):
+        return name
+    if op == "call_method" and name in _METHODS:
+        return name
+    if op == "call_function":
+        if name == "getattr.shape":
+            return getattr
+        if name in _FUNCTIONS:
+            return _FUNCTIONS[name]
+        parts = name.split(".")
+        if len(parts) == 3 and parts[0] in ("aten", "qmir"):
+            packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+            target = getattr(packet, parts[2], None)
+            if isinstance(target, torch._ops.OpOverload) and _allowed_overload(target):
+                return target
+    raise TargetNameError(f"{op} of {name!r}")
