@@ -33,6 +33,10 @@ class LoweredModule(nn.Module):
             return self.graph_module(*args)
 
 
+def _children(spec: Any) -> list[Any]:
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
 def plain_signature(graph: Graph) -> None:
     """Turn an exported graph that takes and returns plain tensors into an ordinary one.
 
@@ -44,8 +48,8 @@ def plain_signature(graph: Graph) -> None:
     if info is None:
         return
     output = next(n for n in graph.nodes if n.op == "output")
-    inputs = info.in_spec.children_specs if hasattr(info.in_spec, "children_specs") else []
-    positional = inputs[0].children_specs if inputs else []
+    inputs = _children(info.in_spec)
+    positional = _children(inputs[0]) if inputs else []
     plain_inputs = all(s.is_leaf() for s in positional) and not (
         len(inputs) > 1 and inputs[1].num_leaves
     )

@@ -171,12 +171,24 @@ def _operator(graph_module: GraphModule, node: Node) -> OperatorRecord:
     )
 
 
+def _sizes(graph_module: GraphModule) -> set[Node]:
+    """Nodes that hold a size or arithmetic on sizes, not a tensor."""
+    found: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        name = op_name(node)
+        inputs = node.all_input_nodes
+        if name in ("size", "sym_size", "getattr") or (inputs and found.issuperset(inputs)):
+            found.add(node)
+    return found
+
+
 def make_report(graph_module: GraphModule) -> LoweringReport:
     """Read the report off a lowered graph."""
     operators, floats = [], []
     packed = set()
+    sizes = _sizes(graph_module)
     for node in graph_module.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr"):
+        if node.op in ("placeholder", "output", "get_attr") or node in sizes:
             continue
         name = op_name(node)
         if node.target in KINDS:

@@ -125,12 +125,10 @@ def loss_plot(losses: Mapping[str, Sequence[float]], window: int = 15) -> str:
     with mpl.rc_context(_STYLE):
         figure, axes = _axes(9.6, 2.8)
         for colour, (label, values) in zip(SERIES, losses.items(), strict=False):
-            means = [
-                sum(part) / len(part)
-                for end in range(1, len(values) + 1)
-                if (part := values[max(0, end - window) : end])
-            ]
-            axes.plot(range(1, len(means) + 1), means, color=colour, linewidth=1.8, label=label)
+            width = min(window, len(values))
+            ends = range(width, len(values) + 1)
+            means = [sum(values[end - width : end]) / width for end in ends]
+            axes.plot(ends, means, color=colour, linewidth=1.8, label=label)
         axes.set_xlabel("training step")
         axes.set_ylabel("L1 loss")
         axes.margins(x=0.01)

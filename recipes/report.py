@@ -23,8 +23,9 @@ ERROR_PEAK = 64.0
 """Absolute error in grey levels that the error maps show as the brightest colour."""
 OVERVIEW_SIDE = 420
 SQNR_NOTE = (
-    "Signal to quantization noise ratio of each integer operator on one held-out image: how far "
-    "quantizing moved its output. Higher is better; 6 dB are about one bit."
+    "Signal to quantization noise ratio at the output of each integer operator, on one held-out "
+    "image: against the same operator in float on the values it gets before they are rounded. "
+    "Higher is better; 6 dB are about one bit."
 )
 
 

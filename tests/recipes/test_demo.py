@@ -10,7 +10,9 @@ import torch
 import qmir_ao
 from qmir_ao.recipes import demo, samples
 from qmir_ao.recipes.data import bicubic_downscale
+from qmir_ao.recipes.qat import QATResult
 from qmir_ao.recipes.samples import HeldOut
+from qmir_ao.recipes.train import TrainResult
 
 SIDE = 72
 
@@ -73,14 +75,23 @@ def test_report_has_what_it_must(run: tuple[Path, dict[str, Any]]) -> None:
     assert document["seconds"]["total"] > 0
 
 
-def test_second_run_replaces_the_first(
-    run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_report_has_finite_numbers_only(
+    run: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = run
-    old = tmp_path / "w4a4"
-    old.mkdir()
-    (old / "stale").touch()
-    lowered = qmir_ao.load(first / "w4a4")
-    size = demo._save(lowered, old)
-    assert not (old / "stale").exists()
-    assert size == sum(p.stat().st_size for p in old.iterdir())
+    folder, document = run
+    lowered = qmir_ao.load(folder / "w4a4")
+    records = [{"sqnr_db": value} for value in (float("inf"), float("-inf"), 12.5)]
+    monkeypatch.setattr(qmir_ao, "compare", lambda *args: records, raising=False)
+    result = QATResult(torch.fx.GraphModule({}, torch.fx.Graph()), [], TrainResult(1, 0.0, 0.0))
+    seen = [record["sqnr_db"] for record in demo._noise(result, lowered, torch.zeros(1))]
+    assert seen == [demo.SQNR_CEILING, -demo.SQNR_CEILING, 12.5]
+    assert "Infinity" not in json.dumps(document)
+
+
+def test_second_run_replaces_the_first(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, document = run
+    lowered = qmir_ao.load(folder / "w4a4")
+    before = (folder / "w4a4" / "model.safetensors").read_bytes()
+    sizes = demo._save(lowered, folder / "w4a4")
+    assert sizes["model.safetensors"] == document["methods"][2]["file_bytes"] == len(before)
+    assert (folder / "w4a4" / "model.safetensors").read_bytes() == before

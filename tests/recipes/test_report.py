@@ -35,6 +35,7 @@ def _method(key: str, bits: int) -> dict[str, Any]:
             "integer_operators": 3,
             "iterations": 5,
             "fake_quantized_psnr": 30.2,
+            "graph_bytes": 5_000,
             "left_in_float": [
                 {"name": "x", "op": "<conv>", "module": "first", "reason": "first & last"}
             ],

@@ -14,6 +14,12 @@ namespace {
 
 using namespace qmir;
 
+#if defined(__AVX512F__)
+#define QMIR_UNROLL _Pragma("GCC unroll 16")
+#else
+#define QMIR_UNROLL
+#endif
+
 constexpr int kChunk = kLanes;
 constexpr int kMaxStates = 64;
 
@@ -95,7 +101,7 @@ void forward_block(const Scan& s, int64_t sample, int64_t group, int64_t index, 
     for (int t = 0; t < steps; ++t) {
       const lanes dtu = chunk.dt[t] * chunk.u[t];
       lanes sum = block.d * chunk.u[t];
-#pragma GCC unroll 16
+QMIR_UNROLL
       for (int i = 0; i < n; ++i) {
         scan_step(h[i], chunk.dt[t], block.a[i], dtu, broadcast(b[t * N + i]));
         sum = fmadd(broadcast(c[t * N + i]), h[i], sum);
@@ -170,7 +176,7 @@ struct Backward {
         for (int i = 0; i < n; ++i) state[i] = k ? checkpoint(k, j)[i] : lanes{};
         for (int t = 0; t < kChunk; ++t) {
           const lanes dtu = chunk.dt[t] * chunk.u[t];
-#pragma GCC unroll 16
+QMIR_UNROLL
           for (int i = 0; i < n; ++i)
             scan_step(state[i], chunk.dt[t], blocks[j].a[i], dtu, broadcast(b[t * N + i]));
         }
@@ -183,7 +189,7 @@ struct Backward {
     for (int i = 0; i < n; ++i) h[i] = k ? checkpoint(k, j)[i] : lanes{};
     for (int t = 0; t < steps; ++t) {
       const lanes dtu = chunk.dt[t] * chunk.u[t];
-#pragma GCC unroll 16
+QMIR_UNROLL
       for (int i = 0; i < n; ++i) {
         lanes state = h[t * N + i];
         decay[t * N + i] =
@@ -202,7 +208,7 @@ struct Backward {
     for (int t = steps - 1; t >= 0; --t) {
       const lanes dt = chunk.dt[t], u = chunk.u[t], dtu = dt * u;
       lanes ddt{}, gb{};
-#pragma GCC unroll 16
+QMIR_UNROLL
       for (int i = 0; i < n; ++i) {
         const int ti = t * N + i;
         const lanes g = fmadd(gy[t], broadcast(c[ti]), carry.g[i]);
@@ -271,6 +277,9 @@ void backward(const Scan& s, const Gradients& gradients) {
 
 }  // namespace
 
+// Without 512-bit registers the state does not stay in registers anyway, and compiling one copy per
+// size takes minutes.
+#if defined(__AVX512F__)
 #define QMIR_DISPATCH_STATES(call, ...)              \
   switch (s.states) {                                \
     case 1: call<1, true>(__VA_ARGS__); break;       \
@@ -280,6 +289,9 @@ void backward(const Scan& s, const Gradients& gradients) {
     case 16: call<16, true>(__VA_ARGS__); break;     \
     default: call<kMaxStates, false>(__VA_ARGS__);   \
   }
+#else
+#define QMIR_DISPATCH_STATES(call, ...) call<kMaxStates, false>(__VA_ARGS__);
+#endif
 
 extern "C" {
 

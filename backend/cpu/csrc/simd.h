@@ -58,8 +58,11 @@ QMIR_FN float reduce_add(lanes v) {
   return x[0];
 }
 
+// Out of line: inlined at each use, these multiply the time to compile for narrower vectors.
+#define QMIR_OUTLINE static __attribute__((noinline, unused))
+
 // Transpose 16 rows of 16 in place: four rounds of interleaving rows i and i + 8.
-QMIR_FN void transpose16(lanes (&r)[kLanes]) {
+QMIR_OUTLINE void transpose16(lanes (&r)[kLanes]) {
   constexpr lanes_i low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   constexpr lanes_i high{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   for (int round = 0; round < 4; ++round) {
@@ -74,8 +77,8 @@ QMIR_FN void transpose16(lanes (&r)[kLanes]) {
 
 // tile[j] = the `rows` values src[0 * stride + j] .. src[(rows - 1) * stride + j], lanes above
 // `rows` and columns from `cols` on are zero.
-QMIR_FN void load_tile(const float* src, int64_t stride, int rows, int cols,
-                       lanes (&tile)[kLanes]) {
+QMIR_OUTLINE void load_tile(const float* src, int64_t stride, int rows, int cols,
+                            lanes (&tile)[kLanes]) {
   if (cols == kLanes) {
     for (int i = 0; i < kLanes; ++i) tile[i] = i < rows ? load(src + i * stride) : lanes{};
   } else {
@@ -89,7 +92,7 @@ QMIR_FN void load_tile(const float* src, int64_t stride, int rows, int cols,
 }
 
 // The inverse of load_tile: rows and columns beyond the given counts are not written.
-QMIR_FN void store_tile(float* dst, int64_t stride, int rows, int cols, lanes (&tile)[kLanes]) {
+QMIR_OUTLINE void store_tile(float* dst, int64_t stride, int rows, int cols, lanes (&tile)[kLanes]) {
   transpose16(tile);
   for (int i = 0; i < rows; ++i) {
     float buffer[kLanes];

@@ -1,0 +1,248 @@
+"""qmir::selective_scan: kernel against reference against float64, all seven gradients."""
+
+import pytest
+import torch
+from support.integers import same_bytes, with_threads
+from support.tolerances import FLOAT32_EPS, KERNEL_VS_REFERENCE
+from torch import Tensor
+
+import qmir_ao.backend.cpu.selective_scan as kernels
+from qmir_ao.ops.selective_scan import (
+    selective_scan,
+    selective_scan_backward_op,
+    selective_scan_backward_ref,
+    selective_scan_op,
+    selective_scan_ref,
+)
+
+Operands = list[Tensor | None]
+NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+
+# batch, groups, channels per group, states, steps
+SIZES: dict[str, tuple[int, int, int, int, int]] = {
+    "one-of-each": (1, 1, 1, 1, 1),
+    "seven-steps": (2, 4, 5, 3, 7),
+    "light": (2, 4, 18, 10, 37),
+    "classic": (1, 2, 33, 16, 100),
+    "eight-states": (3, 1, 18, 8, 37),
+    "twenty-states": (1, 4, 5, 20, 100),
+    "one-channel": (2, 2, 1, 10, 100),
+    "one-state": (1, 1, 33, 1, 37),
+}
+OPTIONAL = {"both": (True, True), "no-D": (False, True), "no-bias": (True, False)}
+sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+
+
+def operands(
+    size: tuple[int, int, int, int, int], has_D: bool = True, has_bias: bool = True, seed: int = 0
+) -> Operands:
+    batch, groups, channels, states, steps = size
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen)
+
+    width = groups * channels
+    return [
+        normal(batch, width, steps),
+        normal(batch, width, steps) * 0.5,
+        -torch.exp(normal(width, states) * 0.5),
+        normal(batch, groups, states, steps),
+        normal(batch, groups, states, steps),
+        normal(width) if has_D else None,
+        normal(width) - 2.0 if has_bias else None,
+    ]
+
+
+def in_float64(tensors: Operands) -> Operands:
+    return [None if x is None else x.double() for x in tensors]
+
+
+def max_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).abs().max()) if want.numel() else 0.0
+
+
+def floor(want: Tensor) -> float:
+    """One unit in the last place of the largest value: a reference that hits by luck is not better."""
+    return FLOAT32_EPS * float(want.abs().max()) if want.numel() else 0.0
+
+
+def kernel_gradients(tensors: Operands, grad: Tensor, softplus: bool) -> dict[str, Tensor]:
+    leaves = [None if x is None else x.clone().requires_grad_() for x in tensors]
+    y = selective_scan_op(*leaves, softplus)
+    given = {name: x for name, x in zip(NAMES, leaves, strict=True) if x is not None}
+    return dict(zip(given, torch.autograd.grad(y, given.values(), grad), strict=True))
+
+
+@sizes
+@pytest.mark.parametrize("optional", OPTIONAL.values(), ids=OPTIONAL)
+@pytest.mark.parametrize("softplus", [True, False])
+def test_forward_is_as_accurate_as_the_reference(
+    size: tuple[int, int, int, int, int],
+    optional: tuple[bool, bool],
+    softplus: bool,
+    poisoned_empty: None,
+) -> None:
+    tensors = operands(size, *optional)
+    if not softplus:
+        tensors[1] = tensors[1].abs() * 0.2
+        tensors[6] = None
+    want = selective_scan_ref(*in_float64(tensors), softplus)
+    reference = max_error(selective_scan_ref(*tensors, softplus), want)
+    got = selective_scan_op(*tensors, softplus)
+    assert got.dtype == torch.float32
+    assert max_error(got, want) <= KERNEL_VS_REFERENCE * reference + floor(want)
+
+
+@sizes
+@pytest.mark.parametrize("optional", OPTIONAL.values(), ids=OPTIONAL)
+def test_gradients_are_as_accurate_as_the_reference(
+    size: tuple[int, int, int, int, int], optional: tuple[bool, bool], poisoned_empty: None
+) -> None:
+    tensors = operands(size, *optional)
+    grad = torch.randn_like(tensors[0])
+    exact = dict(
+        zip(
+            NAMES,
+            selective_scan_backward_ref(grad.double(), *in_float64(tensors), True),
+            strict=True,
+        )
+    )
+    plain = dict(
+        zip(NAMES, selective_scan_backward_ref(grad, *tensors, True), strict=True)
+    )
+    gradients = kernel_gradients(tensors, grad, True)
+    assert len(gradients) == sum(x is not None for x in tensors)
+    for name, got in gradients.items():
+        bound = KERNEL_VS_REFERENCE * max_error(plain[name], exact[name]) + floor(exact[name])
+        assert max_error(got, exact[name]) <= bound, name
+
+
+@pytest.mark.parametrize("optional", [(True, True), (False, False)])
+def test_reference_gradients_in_float64(optional: tuple[bool, bool]) -> None:
+    tensors = in_float64(operands((2, 2, 3, 3, 5), *optional))
+    leaves = [None if x is None else x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(lambda *a: selective_scan_op(*a, True), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *a: selective_scan_op(*a, False), [leaves[0], leaves[1], *leaves[2:6], None]
+    )
+
+
+def test_softplus_threshold_has_slope_one() -> None:
+    tensors = operands((1, 1, 4, 3, 9))
+    tensors[1], tensors[2] = torch.full_like(tensors[1], 25.0), tensors[2] * 1e-3
+    grad = torch.randn_like(tensors[0])
+    want = selective_scan_backward_ref(grad.double(), *in_float64(tensors), True)[1]
+    plain = selective_scan_backward_ref(grad, *tensors, True)[1]
+    got = kernel_gradients(tensors, grad, True)["delta"]
+    assert max_error(got, want) <= KERNEL_VS_REFERENCE * max_error(plain, want) + floor(want)
+
+
+def test_other_dtypes_use_the_reference() -> None:
+    tensors = in_float64(operands((2, 2, 5, 3, 7)))
+    got = selective_scan_op(*tensors, True)
+    assert got.dtype == torch.float64
+    assert same_bytes(got, selective_scan_ref(*tensors, True))
+
+
+def test_more_states_than_the_kernel_holds_use_the_reference() -> None:
+    tensors = operands((1, 1, 2, kernels._MAX_STATES + 1, 5))
+    assert same_bytes(selective_scan_op(*tensors, True), selective_scan_ref(*tensors, True))
+
+
+@pytest.mark.parametrize("size", [(3, 4, 18, 10, 37), (3, 2, 33, 16, 100), (2, 1, 5, 20, 7)])
+def test_threads_and_batch_mates_change_no_byte(size: tuple[int, int, int, int, int]) -> None:
+    tensors = operands(size)
+    grad = torch.randn_like(tensors[0])
+
+    def everything(chosen: slice) -> list[Tensor]:
+        u, delta, A, B, C, D, bias = tensors
+        part = [u[chosen], delta[chosen], A, B[chosen], C[chosen], D, bias]
+        gradients = selective_scan_backward_op(grad[chosen], *part, True)
+        return [selective_scan_op(*part, True), *gradients]
+
+    whole = everything(slice(None))
+    for count in (1, 2, 3):
+        again = with_threads(count, lambda: everything(slice(None)))
+        assert all(same_bytes(a, b) for a, b in zip(whole, again, strict=True)), count
+    for i in range(size[0]):
+        alone = everything(slice(i, i + 1))
+        for position in (0, 1, 2, 4, 5):  # y, du, ddelta, dB, dC: what belongs to one sample
+            assert same_bytes(whole[position][i : i + 1], alone[position]), (i, position)
+
+
+def test_twenty_runs_give_the_same_bytes(poisoned_empty: None) -> None:
+    tensors = operands((2, 4, 18, 10, 37))
+    grad = torch.randn_like(tensors[0])
+    first = [selective_scan_op(*tensors, True), *selective_scan_backward_op(grad, *tensors, True)]
+    for _ in range(19):
+        y = selective_scan_op(*tensors, True)
+        again = [y, *selective_scan_backward_op(grad, *tensors, True)]
+        assert all(same_bytes(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_strided_operands_give_the_same_bytes() -> None:
+    tensors = operands((2, 2, 5, 8, 37))
+    want = selective_scan_op(*tensors, True)
+    strided = [
+        None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for x in tensors
+    ]
+    assert not strided[0].is_contiguous()
+    assert same_bytes(selective_scan_op(*strided, True), want)
+
+
+def test_empty_sequences_and_batches() -> None:
+    for size in ((2, 2, 3, 4, 0), (0, 2, 3, 4, 5)):
+        tensors = operands(size)
+        y = selective_scan_op(*tensors, True)
+        assert y.shape == tensors[0].shape
+        gradients = kernel_gradients(tensors, torch.ones_like(y), True)
+        for name, x in zip(NAMES, tensors, strict=True):
+            assert gradients[name].shape == x.shape
+            assert not gradients[name].isnan().any()
+
+
+def test_wrapper_reads_three_dimensions_as_one_group() -> None:
+    u, delta, A, B, C, D, bias = operands((2, 1, 5, 3, 7))
+    got = selective_scan(u, delta, A, B[:, 0], C[:, 0], D, bias, True)
+    assert same_bytes(got, selective_scan_op(u, delta, A, B, C, D, bias, True))
+
+
+BAD = {
+    "u": (0, (2, 10), "u must be"),
+    "delta": (1, (2, 10, 6), "delta must be"),
+    "A": (2, (9, 3), "A must be"),
+    "B-rank": (3, (2, 3, 7), "B must be"),
+    "B-states": (3, (2, 2, 4, 7), "B must be"),
+    "C": (4, (2, 2, 4, 7), "C must be"),
+    "groups": (3, (2, 3, 3, 7), "multiple"),
+    "B-length": (3, (2, 2, 3, 6), "B must be"),
+    "B-batch": (3, (1, 2, 3, 7), "B must be"),
+    "C-groups": (4, (2, 1, 3, 7), "C must be"),
+    "D": (5, (9,), "D must be"),
+    "delta_bias": (6, (9,), "delta_bias must be"),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("position", "shape", "message"), BAD.values(), ids=BAD)
+def test_bad_shapes_are_named(
+    position: int, shape: tuple[int, ...], message: str, device: str
+) -> None:
+    tensors = operands((2, 2, 5, 3, 7))
+    tensors[position] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=f"qmir::selective_scan: .*{message}"):
+        selective_scan_op(*(x.to(device) for x in tensors), True)
+
+
+@pytest.mark.parametrize("optional", [(True, True), (False, False)])
+def test_opcheck(optional: tuple[bool, bool]) -> None:
+    tensors = operands((2, 2, 3, 3, 5), *optional)
+    leaves = [None if x is None else x.requires_grad_() for x in tensors]
+    checks = torch.library.opcheck(torch.ops.qmir.selective_scan.default, (*leaves, True))
+    assert set(checks.values()) == {"SUCCESS"}
+    plain = [None if x is None else x.detach() for x in tensors]
+    grad = torch.randn_like(plain[0])
+    args = (grad, *plain, True)
+    checks = torch.library.opcheck(torch.ops.qmir.selective_scan_backward.default, args)
+    assert set(checks.values()) == {"SUCCESS"}
