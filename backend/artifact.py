@@ -1,4 +1,4 @@
-"""Lowered models on disk: tensors as safetensors, the graph as JSON, a sha256 of each. No pickle."""
+"""Lowered models on disk: safetensors and a JSON graph, a sha256 of each; never pickle."""
 
 import hashlib
 import json
@@ -110,7 +110,8 @@ def encode_graph(graph: Graph) -> list[dict[str, Any]]:
 
 def decode_graph(nodes: list[dict[str, Any]]) -> Graph:
     """The inverse of `encode_graph`; only allowed targets are resolved."""
-    graph, known = Graph(), {}
+    graph = Graph()
+    known: dict[str, Node] = {}
     for entry in nodes:
         target = decode_target(entry["op"], entry["target"])
         args = tuple(_decode(a, known) for a in entry["args"])
@@ -141,7 +142,9 @@ def save_lowered(lowered: LoweredModule, path: Path) -> None:
         raise ConfigError(f"{path} exists and is no lowered model; choose another path")
     graph_module = lowered.graph_module
     if type(graph_module.graph._codegen) is not CodeGen:
-        raise ConfigError("a model with nested inputs or outputs cannot be saved; use plain tensors")
+        raise ConfigError(
+            "a model with nested inputs or outputs cannot be saved; use plain tensors"
+        )
     graph = encode_graph(graph_module.graph)
     names = {n.target for n in graph_module.graph.nodes if n.op == "get_attr"}
     tensors = {str(t): attribute(graph_module, str(t)).clone().contiguous() for t in sorted(names)}

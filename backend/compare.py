@@ -18,7 +18,7 @@ from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.pipeline import NORMALIZE, run_passes
 from qmir_ao.quant.constants import attribute
-from qmir_ao.quant.patterns import module_of
+from qmir_ao.quant.patterns import arguments, module_of
 from qmir_ao.quant.prepare import is_fake_quantize
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
@@ -64,7 +64,9 @@ def compare_operators(
                     f"lowered node {node.name} has no counterpart in the prepared model; pass the "
                     "model that was lowered"
                 )
-            records.append(_Operator(lowered.graph_module, node, normalized, source, values).record())
+            records.append(
+                _Operator(lowered.graph_module, node, normalized, source, values).record()
+            )
     return records
 
 
@@ -87,11 +89,12 @@ class _Operator:
 
     def record(self) -> dict[str, Any]:
         """All figures of this operator."""
-        arguments = self._integer_arguments()
-        got = self.node.target(*arguments)
+        operands = self._integer_arguments()
+        target: Any = self.node.target
+        got = target(*operands)
         want = self.values[self.source].reshape(got.shape)
         error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
-        unit = self._unit(arguments)
+        unit = self._unit(operands)
         return {
             "name": self.node.name,
             "module": str(self.node.meta.get("qmir_module", "")),
@@ -99,7 +102,7 @@ class _Operator:
             "codes": self.codes,
             "code_mismatches": self.mismatches,
             "boundary_mismatches": self.boundary,
-            "acc_equal": None if self.kind == "selective_scan" else self._acc_equal(arguments),
+            "acc_equal": None if self.kind == "selective_scan" else self._acc_equal(operands),
             "max_error_steps": error / unit if unit else 0.0,
             "sqnr_db": self._sqnr(got),
             "clip_rate": self.clipped / max(self.codes, 1),
@@ -112,21 +115,22 @@ class _Operator:
         def value(node: Node) -> Any:
             if node in done:
                 return done[node]
+            target: Any = node.target
             if node.op == "get_attr":
                 result = attribute(self.lowered, str(node.target))
             elif node.target is qmir.dls_quantize.default:
                 result = self._quantize(node, value)
             elif node.target is qmir.dls_qparams.default:
                 x = self._seen(self._quantize_node_of(node))
-                rest = [value(a) if isinstance(a, Node) else a for a in node.args[1:]]
-                result = node.target(x, *rest)
+                rest = [value(a) if isinstance(a, Node) else a for a in arguments(node)[1:]]
+                result = target(x, *rest)
             else:
-                args = torch.fx.node.map_arg(node.args, value)
-                result = node.target(*args)
+                args = torch.fx.node.map_arg(arguments(node), value)
+                result = target(*args)
             done[node] = result
             return result
 
-        return tuple(value(a) if isinstance(a, Node) else a for a in self.node.args)
+        return tuple(value(a) if isinstance(a, Node) else a for a in arguments(self.node))
 
     def _quantize_node_of(self, qparams: Node) -> Node:
         """The quantize node that uses a predicted step."""
@@ -141,13 +145,14 @@ class _Operator:
 
     def _fake(self, quantize: Node) -> Node:
         name = quantize.meta[SOURCE]
-        return next(n for n in self.prepared.graph.nodes if n.name == name)
+        found: Node = next(n for n in self.prepared.graph.nodes if n.name == name)
+        return found
 
     def _quantize(self, node: Node, value: Any) -> Tensor:
         x, fake = self._seen(node), self._fake(node)
-        step, shift = value(node.args[1]), value(node.args[2])
-        low, high = node.args[3:5]
-        codes: Tensor = node.target(x, step, shift, low, high)
+        step, shift = value(arguments(node)[1]), value(arguments(node)[2])
+        low, high = arguments(node)[3:5]
+        codes: Tensor = qmir.dls_quantize(x, step, shift, low, high)
         wide = (-1, *([1] * (x.dim() - 1)))
         s, b = (t.double().reshape(wide) for t in (step, shift))
         expected = torch.round((self.values[fake].double() + b) / s)
@@ -160,22 +165,22 @@ class _Operator:
         self.clipped += float(((t < low - 0.5) | (t > high + 0.5)).sum())
         return codes
 
-    def _unit(self, arguments: tuple[Any, ...]) -> float:
+    def _unit(self, operands: tuple[Any, ...]) -> float:
         """Value of one accumulator unit: activation step times the largest weight step."""
-        step = float(arguments[1].max()) if arguments[1].numel() else 1.0
-        return step if self.kind == "selective_scan" else step * float(arguments[4].abs().max())
+        step = float(operands[1].max()) if operands[1].numel() else 1.0
+        return step if self.kind == "selective_scan" else step * float(operands[4].abs().max())
 
-    def _acc_equal(self, arguments: tuple[Any, ...]) -> bool:
-        codes = arguments[0].double()
-        weight = self.values[self.source.args[1]]
-        step, shift = (a.double().reshape(-1, *[1] * (weight.dim() - 1)) for a in arguments[4:6])
+    def _acc_equal(self, operands: tuple[Any, ...]) -> bool:
+        codes = operands[0].double()
+        weight = self.values[arguments(self.source)[1]]
+        step, shift = (a.double().reshape(-1, *[1] * (weight.dim() - 1)) for a in operands[4:6])
         levels = torch.round((weight.double() + shift) / step)
         if self.kind == "linear":
-            got = qmir.linear_acc(arguments[0], arguments[3], *arguments[7:9])
+            got = qmir.linear_acc(operands[0], operands[3], *operands[7:9])
             want = torch.nn.functional.linear(codes, levels)
         else:
-            got = qmir.conv2d_acc(arguments[0], arguments[3], *arguments[7:])
-            size, stride, padding, dilation, groups = arguments[8:]
+            got = qmir.conv2d_acc(operands[0], operands[3], *operands[7:])
+            size, stride, padding, dilation, groups = operands[8:]
             want = torch.nn.functional.conv2d(
                 codes, levels.reshape(size), None, stride, padding, dilation, groups
             )
@@ -189,9 +194,9 @@ class _Operator:
                 node = node.all_input_nodes[0]
             return self.values[node]
 
-        args = torch.fx.node.map_arg(self.source.args, unquantized)
-        assert callable(self.source.target)
-        clean = self.source.target(*args).double().reshape(got.shape)
+        args = torch.fx.node.map_arg(arguments(self.source), unquantized)
+        target: Any = self.source.target
+        clean: Tensor = target(*args).double().reshape(got.shape)
         noise = (got.double() - clean).square().sum()
         signal = clean.square().sum()
         return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")

@@ -63,10 +63,12 @@ def qmir(
             f"torch.compile(backend='qmir') has no mode={mode!r}, options={options!r}; "
             "leave both out"
         )
-    import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels)
     from torch._inductor.compile_fx import compile_fx
+
+    import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels)
 
     if not _trains(graph_module, example_inputs):
         _lower(graph_module)
-    compiled: Callable[..., Any] = compile_fx(graph_module, list(example_inputs))
-    return compiled
+    compiled: Any = compile_fx(graph_module, list(example_inputs))
+    run: Callable[..., Any] = compiled
+    return run

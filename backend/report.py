@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from qmir_ao.passes.lower import REASON, SOURCE
 from qmir_ao.quant.constants import attribute
-from qmir_ao.quant.patterns import module_path
+from qmir_ao.quant.patterns import arguments, module_path
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
 
@@ -152,12 +152,12 @@ def _operator(graph_module: GraphModule, node: Node) -> OperatorRecord:
     kind = KINDS[node.target]
     weights = scales = floats = 0
     if kind != "selective_scan":
-        packed, step, shift = node.args[3:6]
+        packed, step, shift = arguments(node)[3:6]
         weights = _bytes(graph_module, packed)
         scales = _bytes(graph_module, step, shift)
-        floats = 4 * weights * 8 // int(node.args[7])
+        floats = 4 * weights * 8 // int(arguments(node)[7])
         if kind == "conv2d":
-            floats = 4 * torch.Size(node.args[8]).numel()
+            floats = 4 * torch.Size(arguments(node)[8]).numel()
     return OperatorRecord(
         name=node.name,
         source=str(node.meta.get(SOURCE, node.name)),
@@ -185,7 +185,7 @@ def _sizes(graph_module: GraphModule) -> set[Node]:
 def make_report(graph_module: GraphModule) -> LoweringReport:
     """Read the report off a lowered graph."""
     operators, floats = [], []
-    packed = set()
+    packed: set[Node] = set()
     sizes = _sizes(graph_module)
     for node in graph_module.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr") or node in sizes:
@@ -193,7 +193,7 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
         name = op_name(node)
         if node.target in KINDS:
             operators.append(_operator(graph_module, node))
-            packed.update(a for a in node.args if isinstance(a, Node) and a.op == "get_attr")
+            packed.update(a for a in arguments(node) if isinstance(a, Node) and a.op == "get_attr")
         elif name not in _PLUMBING or node.target in (aten.linear.default, aten.conv2d.default):
             path = str(node.meta.get("qmir_module") or module_path(node))
             floats.append(FloatRecord(node.name, name, path, _reason(node, name)))

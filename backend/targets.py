@@ -22,11 +22,48 @@ _FUNCTIONAL = (
 ).split()
 _OPERATOR = "add sub mul truediv floordiv mod neg pow getitem eq ne lt le gt ge".split()
 _METHODS = frozenset(
-    (
-        "view reshape permute transpose flip contiguous expand expand_as flatten squeeze unsqueeze "
-        "split chunk unbind size dim mean sum mul add sub div neg exp sigmoid softmax matmul "
-        "repeat roll narrow select type_as float t view_as clamp sqrt abs to movedim"
-    ).split()
+    [
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "flip",
+        "contiguous",
+        "expand",
+        "expand_as",
+        "flatten",
+        "squeeze",
+        "unsqueeze",
+        "split",
+        "chunk",
+        "unbind",
+        "size",
+        "dim",
+        "mean",
+        "sum",
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "neg",
+        "exp",
+        "sigmoid",
+        "softmax",
+        "matmul",
+        "repeat",
+        "roll",
+        "narrow",
+        "select",
+        "type_as",
+        "float",
+        "t",
+        "view_as",
+        "clamp",
+        "sqrt",
+        "abs",
+        "to",
+        "movedim",
+    ]
 )
 # Operators that take text are refused unless the text can only name a variant of arithmetic.
 _TEXT_ARGUMENTS = frozenset(("approximate", "rounding_mode", "equation", "padding", "indexing"))

@@ -1,5 +1,7 @@
 """Turn fake-quantizer modules into operators, by the `convert` method each of them defines."""
 
+from typing import Any
+
 from torch.fx import GraphModule
 
 from qmir_ao.passes.base import Pass
@@ -23,7 +25,7 @@ class ConvertQuantizers(Pass):
         """Convert every fake-quantizer that brings a `convert` method."""
         changed = 0
         for node in list(graph_module.graph.nodes):
-            module = module_of(graph_module, node)
+            module: Any = module_of(graph_module, node)
             if is_fake_quantize(module) and hasattr(module, "convert"):
                 module.convert(graph_module, node)
                 changed += 1

@@ -7,6 +7,7 @@ import qmir_ao.ops.rfa  # noqa: F401  (defines the operators named below)
 from qmir_ao.ops.pack import pack
 from qmir_ao.passes.base import Pass
 from qmir_ao.quant.constants import attribute, constant_value, register_constant
+from qmir_ao.quant.patterns import arguments
 from qmir_ao.quant.spec import container_bits
 
 qmir = torch.ops.qmir
@@ -80,10 +81,10 @@ class FoldWeights(Pass):
         for node in list(graph_module.graph.nodes):
             if node.target is not qmir.rfa_fake_quant.default:
                 continue
-            sources = node.args[:4]
+            sources = arguments(node)[:4]
             with graph_module.graph.inserting_before(node):
                 if all(isinstance(s, Node) and s.op == "get_attr" for s in sources):
-                    new = _fold_weight(graph_module, node)
+                    new: Node | None = _fold_weight(graph_module, node)
                 else:
                     new = _round_at_run_time(graph_module, node)
             if new is None:
@@ -99,9 +100,11 @@ def _bits(levels: int) -> int:
 
 
 def _fold_weight(graph_module: GraphModule, node: Node) -> Node:
-    w, step, shift, thresholds = (attribute(graph_module, str(a.target)) for a in node.args[:4])
+    w, step, shift, thresholds = (
+        attribute(graph_module, str(a.target)) for a in arguments(node)[:4]
+    )
     with torch.no_grad():
-        codes = qmir.rfa_quantize(w, step, shift, thresholds, node.args[4])
+        codes = qmir.rfa_quantize(w, step, shift, thresholds, arguments(node)[4])
         bits = _bits(thresholds.numel())
         packed = pack(codes, bits)
     graph = graph_module.graph
@@ -113,15 +116,13 @@ def _fold_weight(graph_module: GraphModule, node: Node) -> Node:
 
 
 def _round_at_run_time(graph_module: GraphModule, node: Node) -> Node | None:
-    w, step, shift, thresholds, quant_min = node.args
-    values = [a.meta.get("val", a.meta.get("example_value")) for a in (w, thresholds)]
-    if any(v is None for v in values):
+    w, step, shift, thresholds, quant_min = arguments(node)
+    weight, levels = (a.meta.get("val", a.meta.get("example_value")) for a in (w, thresholds))
+    if weight is None or levels is None:
         return None
-    bits = _bits(values[1].numel())
+    bits = _bits(levels.numel())
     graph = graph_module.graph
-    codes = graph.call_function(
-        qmir.rfa_quantize.default, (w, step, shift, thresholds, quant_min)
-    )
+    codes = graph.call_function(qmir.rfa_quantize.default, (w, step, shift, thresholds, quant_min))
     packed = graph.call_function(qmir.pack.default, (codes, bits))
-    size = [int(s) for s in values[0].shape]
+    size = [int(s) for s in weight.shape]
     return graph.call_function(qmir.rfa_dequantize.default, (packed, step, shift, size, bits))

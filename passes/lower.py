@@ -12,7 +12,7 @@ import qmir_ao.ops.linear
 import qmir_ao.ops.selective_scan
 import qmir_ao.ops.selective_scan_q  # noqa: F401  (define the operators named below)
 from qmir_ao.passes.base import Pass
-from qmir_ao.quant.patterns import module_path
+from qmir_ao.quant.patterns import arguments, module_path
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
 
@@ -25,7 +25,7 @@ REASON = "qmir_float_reason"
 def codes_of(node: Any) -> tuple[Node, Node, Node] | None:
     """(codes, step, shift) where `node` is their dequantized value, else None."""
     if isinstance(node, Node) and node.target is qmir.dls_dequantize.default:
-        codes, step, shift = node.args
+        codes, step, shift = arguments(node)
         return codes, step, shift
     return None
 
@@ -33,13 +33,13 @@ def codes_of(node: Any) -> tuple[Node, Node, Node] | None:
 def weight_of(node: Any) -> tuple[Any, ...] | None:
     """(packed, step, shift, size, bits) where `node` is a dequantized weight, else None."""
     if isinstance(node, Node) and node.target is qmir.rfa_dequantize.default:
-        return node.args
+        return arguments(node)
     return None
 
 
 def code_width(codes: Node) -> int:
     """Bits of the codes a quantize node makes."""
-    return (int(codes.args[4]) - int(codes.args[3])).bit_length()
+    return (int(arguments(codes)[4]) - int(arguments(codes)[3])).bit_length()
 
 
 def _finish(node: Node, new: Node, lowered: Node, act_bits: int, levels_bits: int | None) -> None:
@@ -58,7 +58,7 @@ def _finish(node: Node, new: Node, lowered: Node, act_bits: int, levels_bits: in
 
 def _both(node: Node) -> tuple[Any, Any] | None:
     """Codes and weight of a linear or convolution node; notes the reason where one is missing."""
-    x, w = codes_of(node.args[0]), weight_of(node.args[1])
+    x, w = codes_of(arguments(node)[0]), weight_of(arguments(node)[1])
     if x is None and w is None:
         return None
     if x is None or w is None:
@@ -80,7 +80,7 @@ class DecomposeFakeQuantize(Pass):
         for node in list(graph_module.graph.nodes):
             if node.target is not qmir.dls_fake_quant.default:
                 continue
-            x, w, v, low, high, per_tensor, cap, clamp = node.args
+            x, w, v, low, high, per_tensor, cap, clamp = arguments(node)
             if clamp or high > 127:
                 continue
             graph = graph_module.graph
@@ -115,7 +115,7 @@ class LowerLinear(Pass):
             if node.target is not aten.linear.default or (operands := _both(node)) is None:
                 continue
             x, (packed, step, shift, size, bits) = operands
-            bias = node.args[2] if len(node.args) > 2 else None
+            bias = arguments(node)[2] if len(arguments(node)) > 2 else None
             with graph_module.graph.inserting_before(node):
                 new = graph_module.graph.call_function(
                     qmir.linear.default, (*x, packed, step, shift, bias, bits, size[0])
@@ -160,7 +160,7 @@ def _lower_conv(
 ) -> tuple[Node, Node]:
     (codes, x_step, x_shift), (packed, step, shift, size, bits) = operands
     defaults = (None, None, None, [1] * rank, [0] * rank, [1] * rank, 1)
-    args = (*node.args, *defaults[len(node.args) :])
+    args = (*arguments(node), *defaults[len(arguments(node)) :])
     bias, stride, padding, dilation, groups = args[2:7]
     size = list(size)
     if rank == 1:
@@ -193,14 +193,14 @@ class LowerScan(Pass):
         for node in list(graph_module.graph.nodes):
             if node.target not in targets:
                 continue
-            u, delta, A, B, C, D, bias, softplus = node.args
+            u, delta, A, B, C, D, bias, softplus = arguments(node)
             sequences = [codes_of(x) for x in (u, delta, B, C)]
             if any(s is None for s in sequences):
                 if any(s is not None for s in sequences):
                     node.meta.setdefault(REASON, "not all of u, delta, B and C are quantized")
                 continue
             qu, qdelta, qB, qC = (s for s in sequences if s is not None)
-            low, high = qdelta[0].args[3:5]
+            low, high = arguments(qdelta[0])[3:5]
             with graph_module.graph.inserting_before(node):
                 new = graph_module.graph.call_function(
                     qmir.selective_scan_q.default,

@@ -94,9 +94,7 @@ def _inline_conv(graph_module: GraphModule, node: Node, module: Any) -> Node:
         padding = [0] * rank if padding == "valid" else module._reversed_padding_repeated_twice[::2]
     weight, bias = _weight(graph_module, node, module), _attribute(graph_module, node, "bias")
     sizes = (list(module.stride), list(padding), list(module.dilation), module.groups)
-    return graph_module.graph.call_function(
-        _CONV_ATEN[rank], (node.args[0], weight, bias, *sizes)
-    )
+    return graph_module.graph.call_function(_CONV_ATEN[rank], (node.args[0], weight, bias, *sizes))
 
 
 def _inline_norm(graph_module: GraphModule, node: Node, module: Any) -> Node:
@@ -132,9 +130,7 @@ def _inline_gelu(graph_module: GraphModule, node: Node, module: Any) -> Node:
 
 def _inline_pool(graph_module: GraphModule, node: Node, module: Any) -> Node:
     size = sizes_of(module.output_size, 2)
-    return graph_module.graph.call_function(
-        aten.adaptive_avg_pool2d.default, (node.args[0], size)
-    )
+    return graph_module.graph.call_function(aten.adaptive_avg_pool2d.default, (node.args[0], size))
 
 
 _INLINERS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Any]], ...] = (

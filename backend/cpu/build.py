@@ -114,9 +114,7 @@ def build() -> Path:
         if failures:
             raise BuildError(f"{cxx} failed:\n" + "\n".join(failures)[:4000])
         built = str(Path(scratch) / target.name)
-        link = subprocess.run(
-            [cxx, *flags, *objects, "-o", built], capture_output=True, text=True
-        )
+        link = subprocess.run([cxx, *flags, *objects, "-o", built], capture_output=True, text=True)
         if link.returncode:
             raise BuildError(f"{cxx} failed to link:\n{link.stderr[:4000]}")
         os.replace(built, target)

@@ -8,7 +8,11 @@ from torch import Tensor
 
 from qmir_ao.backend.cpu.build import pointer
 from qmir_ao.backend.cpu.registration import cpu_kernel
-from qmir_ao.ops.selective_scan import selective_scan_backward_ref, selective_scan_ref
+from qmir_ao.ops.selective_scan import (
+    check_operands,
+    selective_scan_backward_ref,
+    selective_scan_ref,
+)
 
 _MAX_STATES = 64
 
@@ -26,6 +30,7 @@ def _sizes(u: Tensor, A: Tensor, B: Tensor) -> list[ctypes.c_int64]:
 def _selective_scan(lib: ctypes.CDLL, *args: Any) -> Tensor:
     *tensors, softplus = args
     u, _, A, B, *_ = tensors
+    check_operands(*tensors)
     if not _fits(*tensors) or A.shape[1] > _MAX_STATES:
         return selective_scan_ref(*args)
     kept = [None if x is None else x.contiguous() for x in tensors]
@@ -40,7 +45,8 @@ def _selective_scan(lib: ctypes.CDLL, *args: Any) -> Tensor:
 @cpu_kernel("selective_scan_backward", selective_scan_backward_ref)
 def _selective_scan_backward(lib: ctypes.CDLL, *args: Any) -> tuple[Tensor, ...]:
     *tensors, softplus = args
-    grad, u, delta, A, B, C, D, bias = tensors
+    _, u, delta, A, B, C, D, bias = tensors
+    check_operands(*tensors[1:])
     if not _fits(*tensors) or A.shape[1] > _MAX_STATES or not u.numel():
         return selective_scan_backward_ref(*args)
     kept = [None if x is None else x.contiguous() for x in tensors]
@@ -54,11 +60,10 @@ def _selective_scan_backward(lib: ctypes.CDLL, *args: Any) -> tuple[Tensor, ...]
         *_sizes(u, A, B),
         *map(pointer, (*sequences, dA, *projections, dD, dbias)),
     )
-    absent = u.new_zeros(0)
     return (
         *sequences,
         dA.sum(0),
         *projections,
-        absent if D is None else dD.sum(0),
-        absent if bias is None else dbias.sum(0),
+        u.new_zeros(0) if D is None else dD.sum(0),
+        u.new_zeros(0) if bias is None else dbias.sum(0),
     )

@@ -47,7 +47,9 @@ def adapter(
             "selective_scan_fn(return_last_state=True) cannot be captured; "
             "image networks read only the output: pass return_last_state=False"
         )
-    y = selective_scan_op(u, delta, A, _as_groups(B), _as_groups(C), D, delta_bias, delta_softplus)
+    y: Tensor = selective_scan_op(
+        u, delta, A, _as_groups(B), _as_groups(C), D, delta_bias, delta_softplus
+    )
     return y if z is None else y * F.silu(z)
 
 

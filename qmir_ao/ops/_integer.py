@@ -24,7 +24,7 @@ MAX_TAPS = (2**31 - 1) // (128 * 128)
 def require(condition: bool, message: Callable[[], str]) -> None:
     """`torch._check`, at no cost where a plain condition holds: operators check on every call."""
     if condition is not True:
-        torch._check(condition, message)  # type: ignore[no-untyped-call]
+        torch._check(condition, message)
 
 
 def check_codes(op: str, name: str, codes: Tensor) -> None:

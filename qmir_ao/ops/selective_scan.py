@@ -44,6 +44,7 @@ def selective_scan_ref(
     delta_softplus: bool,
 ) -> Tensor:
     """Plain recurrence over L; the default implementation and the oracle of every kernel."""
+    check_operands(u, delta, A, B, C, D, delta_bias)
     dt = _time_step(delta, delta_bias, delta_softplus)
     B_full, C_full = _expand_groups(B, u.shape[1]), _expand_groups(C, u.shape[1])
     h = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
@@ -71,6 +72,7 @@ def selective_scan_backward_ref(
 
     Absent operands (D, delta_bias) get an empty gradient.
     """
+    check_operands(u, delta, A, B, C, D, delta_bias)
     batch, channels, length = u.shape
     groups, states = B.shape[1], B.shape[2]
     dt = _time_step(delta, delta_bias, delta_softplus)
@@ -135,6 +137,36 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
             f"{B.shape[1]} groups of B"
         ),
     )
+
+
+def check_operands(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    """Check every size against u and B, on real tensors; kernels read memory by these sizes.
+
+    Raises:
+        RuntimeError: shapes that do not fit together.
+    """
+    _check(u, delta, A, B, C)
+    (batch, channels, length), (groups, states) = u.shape, B.shape[1:3]
+    for name, x, shape in (
+        ("B", B, (batch, groups, states, length)),
+        ("C", C, (batch, groups, states, length)),
+        ("D", D, (channels,)),
+        ("delta_bias", delta_bias, (channels,)),
+    ):
+        torch._check(
+            x is None or x.shape == shape,
+            lambda name=name, x=x, shape=shape: (
+                f"qmir::selective_scan: {name} must be {shape}, got {tuple(x.shape)}"
+            ),
+        )
 
 
 def _fake(
@@ -227,4 +259,5 @@ def selective_scan(
     """
     B = B.unsqueeze(1) if B.dim() == 3 else B
     C = C.unsqueeze(1) if C.dim() == 3 else C
-    return selective_scan_op(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    y: Tensor = selective_scan_op(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    return y

@@ -86,6 +86,11 @@ def is_one_of(graph_module: GraphModule, node: Node, targets: tuple[Any, ...]) -
     return module is not None and isinstance(module, classes)
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """Positional arguments of a node; FX's own type for them is a union nobody can index."""
+    return node.args
+
+
 def operand(node: Node, position: int) -> Node | None:
     """The graph node at an operand position, or None where it is absent or a constant."""
     arg = node.args[position] if position < len(node.args) else None

@@ -132,7 +132,7 @@ def resolve(mapping: QConfigMapping, node: Node, kind: str) -> tuple[bool, QConf
         return True, qconfig
     pattern = next(p for p in PATTERNS if p.kind == kind)
     keys = {*pattern.targets, *pattern.modules}
-    classes = {name for name in module_classes(node)}
+    classes = set(module_classes(node))
     for key, qconfig in mapping.object_type_qconfigs.items():
         qualified = f"{key.__module__}.{key.__qualname__}" if isinstance(key, type) else None
         same_class = key in pattern.modules and (not classes or {qualified, key} & classes)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.errors import CaptureError
@@ -26,7 +27,6 @@ from qmir_ao.quant.placement import (
 from qmir_ao.quant.qconfig import official_mapping
 from qmir_ao.quant.quantizer import FLOAT_REASON, QmirQuantizer, nothing_to_quantize
 from qmir_ao.quant.rfa import RFAFakeQuantize
-from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 aten = torch.ops.aten
 _TRAINING_ARGUMENT = {
@@ -100,9 +100,7 @@ def prepare_traced(
     traced = _trace(model)
     full, reasons = _keep_in_float(traced, mapping)
     with _quiet():
-        prepared = prepare_qat_fx(
-            model.train(), full, (), backend_config=qmir_backend_config()
-        )
+        prepared = prepare_qat_fx(model.train(), full, (), backend_config=qmir_backend_config())
     _take_out_output_quantizers(prepared, full)
     for node in prepared.graph.nodes:
         if match(prepared, node) and module_path(node) in reasons:
@@ -198,10 +196,10 @@ def _requantize(
 
 def materialize(prepared: GraphModule) -> None:
     """Size the weight quantizers from their weights; make parameter operands constant ones."""
-    for module in prepared.modules():
-        weight_quantizer = getattr(module, "weight_fake_quant", None)
+    for owner in prepared.modules():
+        weight_quantizer = getattr(owner, "weight_fake_quant", None)
         if isinstance(weight_quantizer, RFAFakeQuantize):
-            weight = module.weight
+            weight: Any = owner.weight
             weight_quantizer.materialize(weight, weight.shape[0])
     for node in prepared.graph.nodes:
         module = module_of(prepared, node)
@@ -216,7 +214,7 @@ def materialize(prepared: GraphModule) -> None:
 def _quiet() -> Iterator[None]:
     """torch.ao announces its own deprecation on every call; users of this package cannot act."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        warnings.filterwarnings("ignore", message="(?s).*torch.ao.quantization is deprecated")
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         yield

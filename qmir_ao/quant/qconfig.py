@@ -1,4 +1,4 @@
-"""QConfigs of the quantizers: which fake-quantizer, at how many bits, for activations and weights."""
+"""QConfigs: which fake-quantizer, at how many bits, for activations and for weights."""
 
 from typing import Any
 
@@ -62,9 +62,7 @@ def get_qmir_qconfig(
     if granularity is not None:
         weight_kwargs["granularity"] = granularity
     act, wgt = _choose("activation", activation, ACTIVATIONS), _choose("weight", weight, WEIGHTS)
-    qconfig = QConfig(
-        activation=act.with_args(**act_kwargs), weight=wgt.with_args(**weight_kwargs)
-    )
+    qconfig = QConfig(activation=act.with_args(**act_kwargs), weight=wgt.with_args(**weight_kwargs))
     # Constructed once here, so that a bad combination fails at this call and not deep in prepare.
     qconfig.activation()
     qconfig.weight()
@@ -75,7 +73,7 @@ qmir_qconfig = get_qmir_qconfig()
 """DLS 4-bit activations and RFA 4-bit weights."""
 
 
-def official_mapping(qconfig: QConfig) -> QConfigMapping:
+def official_mapping(qconfig: QConfig | QConfigMapping) -> QConfigMapping:
     """The published code's placement: DLS on scan operands and out_proj, static elsewhere.
 
     Raises:
@@ -94,9 +92,8 @@ def official_mapping(qconfig: QConfig) -> QConfigMapping:
             f"placement='official' needs DLS activations, got {type(probe).__name__}; "
             "use get_qmir_qconfig(..., activation='dls')"
         )
-    static = QConfig(
-        activation=StaticFakeQuantize.with_args(bits=probe.bits), weight=qconfig.weight
-    )
+    quantizer: Any = StaticFakeQuantize
+    static = QConfig(activation=quantizer.with_args(bits=probe.bits), weight=qconfig.weight)
     mapping = QConfigMapping().set_global(static).set_module_name_regex(r".*out_proj$", qconfig)
     for target in SCAN.targets:
         mapping.set_object_type(target, qconfig)

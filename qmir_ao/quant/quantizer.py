@@ -7,6 +7,11 @@ import torch
 from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
 
 import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.errors import UnsupportedGraph
@@ -19,18 +24,13 @@ from qmir_ao.quant.placement import (
     resolve,
 )
 from qmir_ao.quant.qconfig import official_mapping, qmir_qconfig
-from torchao.quantization.pt2e.quantizer import (
-    QuantizationAnnotation,
-    QuantizationSpec,
-    Quantizer,
-)
 
 FLOAT_REASON = "qmir_float_reason"
 """Key of `node.meta`: why a quantizable operator was left in float."""
 
 
 class _Constructor:
-    """What torchao calls to make a fake-quantizer; ignores the arguments it repeats from the spec."""
+    """What torchao calls for a fake-quantizer; ignores the arguments it repeats from the spec."""
 
     def __init__(self, make: Callable[..., nn.Module], **kwargs: Any) -> None:
         self._make, self._kwargs = make, kwargs
@@ -75,7 +75,7 @@ def annotate_node(node: Node, pattern: Pattern, qconfig: QConfig) -> None:
     )
 
 
-class QmirQuantizer(Quantizer):
+class QmirQuantizer(Quantizer):  # type: ignore[misc]
     """Quantizer for `torchao`'s `prepare_qat_pt2e` / `prepare_pt2e`.
 
     Args:

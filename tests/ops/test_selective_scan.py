@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.integers import same_bytes, with_threads
-from support.tolerances import FLOAT32_EPS, KERNEL_VS_REFERENCE
+from support.tolerances import FLOAT32_EPS, KERNEL_VS_REFERENCE, SCAN_GRADIENT_UNITS
 from torch import Tensor
 
 import qmir_ao.backend.cpu.selective_scan as kernels
@@ -62,9 +62,9 @@ def max_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).abs().max()) if want.numel() else 0.0
 
 
-def floor(want: Tensor) -> float:
-    """One unit in the last place of the largest value: a reference that hits by luck is not better."""
-    return FLOAT32_EPS * float(want.abs().max()) if want.numel() else 0.0
+def floor(want: Tensor, units: float = 1.0) -> float:
+    """Units in the last place of the largest value: a reference that hits by luck is no better."""
+    return units * FLOAT32_EPS * float(want.abs().max()) if want.numel() else 0.0
 
 
 def kernel_gradients(tensors: Operands, grad: Tensor, softplus: bool) -> dict[str, Tensor]:
@@ -108,13 +108,12 @@ def test_gradients_are_as_accurate_as_the_reference(
             strict=True,
         )
     )
-    plain = dict(
-        zip(NAMES, selective_scan_backward_ref(grad, *tensors, True), strict=True)
-    )
+    plain = dict(zip(NAMES, selective_scan_backward_ref(grad, *tensors, True), strict=True))
     gradients = kernel_gradients(tensors, grad, True)
     assert len(gradients) == sum(x is not None for x in tensors)
     for name, got in gradients.items():
-        bound = KERNEL_VS_REFERENCE * max_error(plain[name], exact[name]) + floor(exact[name])
+        bound = KERNEL_VS_REFERENCE * max_error(plain[name], exact[name])
+        bound += floor(exact[name], SCAN_GRADIENT_UNITS)
         assert max_error(got, exact[name]) <= bound, name
 
 
@@ -224,15 +223,29 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+# torch.export must not be asked for relations between sizes that it cannot prove: on fake tensors
+# fewer are checked.
+CHECKED_WHEN_TRACED = ("u", "delta", "A", "B-rank", "B-states", "C", "groups")
+
+
 @pytest.mark.parametrize(("position", "shape", "message"), BAD.values(), ids=BAD)
-def test_bad_shapes_are_named(
-    position: int, shape: tuple[int, ...], message: str, device: str
-) -> None:
+def test_bad_shapes_are_named(position: int, shape: tuple[int, ...], message: str) -> None:
     tensors = operands((2, 2, 5, 3, 7))
+    grad = torch.zeros_like(tensors[0])
     tensors[position] = torch.zeros(shape)
+    with pytest.raises((RuntimeError, IndexError), match=f"qmir::selective_scan: .*{message}"):
+        selective_scan_op(*tensors, True)
+    with pytest.raises((RuntimeError, IndexError), match=f"qmir::selective_scan: .*{message}"):
+        selective_scan_backward_op(grad, *tensors, True)
+
+
+@pytest.mark.parametrize("case", CHECKED_WHEN_TRACED)
+def test_bad_shapes_are_named_while_tracing(case: str) -> None:
+    position, shape, message = BAD[case]
+    tensors = [x.to("meta") for x in operands((2, 2, 5, 3, 7))]
+    tensors[position] = torch.zeros(shape, device="meta")
     with pytest.raises(RuntimeError, match=f"qmir::selective_scan: .*{message}"):
-        selective_scan_op(*(x.to(device) for x in tensors), True)
+        selective_scan_op(*tensors, True)
 
 
 @pytest.mark.parametrize("optional", [(True, True), (False, False)])

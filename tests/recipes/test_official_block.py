@@ -1,4 +1,4 @@
-"""One MambaIR block with the published placement and preset, against the published code's numbers."""
+"""A MambaIR block with the published placement and preset, against the published numbers."""
 
 import numpy as np
 import pytest
