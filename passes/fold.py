@@ -31,7 +31,7 @@ def _foldable(node: Node, known: dict[Node, bool]) -> bool:
 
 
 class FoldConstants(Pass):
-    """Replace operators on parameters by their value: -exp(A_log), reshaped weights, folded A and D.
+    """Replace operators on parameters by their value: -exp(A_log), reshaped weights, A and D.
 
     The scan operands A, D and delta bias, fake-quantized in training, become plain constants on
     their grid here. Exact.

@@ -169,8 +169,21 @@ def _lower_conv(
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
     lowered = graph.call_function(
         qmir.conv2d.default,
-        (codes, x_step, x_shift, packed, step, shift, bias, bits)
-        + (size, list(stride), list(padding), list(dilation), groups),
+        (
+            codes,
+            x_step,
+            x_shift,
+            packed,
+            step,
+            shift,
+            bias,
+            bits,
+            size,
+            list(stride),
+            list(padding),
+            list(dilation),
+            groups,
+        ),
     )
     if rank == 1:
         return graph.call_function(aten.squeeze.dim, (lowered, 2)), lowered

@@ -164,7 +164,7 @@ class NormalizeOperators(Pass):
     String padding becomes numbers where it is symmetric; dropout, which does nothing after
     training, disappears. Exact.
 
-        before: F.conv2d(x, w, padding="same")    after: aten.conv2d(x, w, None, [1, 1], [1, 1], ...)
+        before: F.conv2d(x, w, padding="same")    after: aten.conv2d(x, w, None, [1, 1], ...)
     """
 
     requires = ("InlineModules",)

@@ -36,8 +36,14 @@ class Pattern:
 LINEAR = Pattern("linear", (aten.linear.default, F.linear), (nn.Linear,), (0,), 1)
 CONV = Pattern(
     "conv",
-    (aten.conv2d.default, aten.conv1d.default, aten.conv2d.padding, aten.conv1d.padding)
-    + (F.conv2d, F.conv1d),
+    (
+        aten.conv2d.default,
+        aten.conv1d.default,
+        aten.conv2d.padding,
+        aten.conv1d.padding,
+        F.conv2d,
+        F.conv1d,
+    ),
     (nn.Conv2d, nn.Conv1d),
     (0,),
     1,
