@@ -64,9 +64,14 @@ def compare_operators(
                     f"lowered node {node.name} has no counterpart in the prepared model; pass the "
                     "model that was lowered"
                 )
-            records.append(
-                _Operator(lowered.graph_module, node, normalized, source, values).record()
-            )
+            pair = _Operator(lowered.graph_module, node, normalized, source, values)
+            try:
+                records.append(pair.record())
+            except (RuntimeError, StopIteration, IndexError) as error:
+                raise UnsupportedGraph(
+                    f"lowered node {node.name} does not fit {source.name} of the prepared model "
+                    f"({type(error).__name__}: {str(error)[:200]}); pass the model that was lowered"
+                ) from error
     return records
 
 

@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import Graph, GraphModule
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from qmir_ao.backend.report import LoweringReport
+from qmir_ao.capture.inputs import check_input
 from qmir_ao.quant.constants import attribute
 
 
@@ -24,13 +25,31 @@ class LoweredModule(nn.Module):
         """Wrap a finished graph; `convert_and_lower` and `load` do this."""
         super().__init__()
         self.graph_module, self.report, self.target = graph_module, report, target
+        self._one_by_one = keeps_samples_apart(graph_module)
         self.requires_grad_(False)
         self.eval()
 
     def forward(self, *args: Any) -> Any:
-        """Run the graph without recording gradients."""
+        """Run the graph without recording gradients, each image of a batch on its own.
+
+        torch's float convolutions choose another algorithm, with other rounding, for another batch
+        size; image by image, a result never depends on its batch mates.
+        """
         with torch.no_grad():
-            return self.graph_module(*args)
+            x = args[0] if len(args) == 1 else None
+            if not self._one_by_one or not isinstance(x, Tensor) or x.dim() != 4 or len(x) < 2:
+                return self.graph_module(*args)
+            return torch.cat([self.graph_module(x[i : i + 1]) for i in range(x.shape[0])])
+
+
+def keeps_samples_apart(graph_module: GraphModule) -> bool:
+    """Whether a graph maps one batch of images to one, without statistics over the batch."""
+    nodes = list(graph_module.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    output = next(n for n in nodes if n.op == "output").args[0]
+    whole_batch = any(n.target is torch.ops.qmir.dls_qparams.default and n.args[5] for n in nodes)
+    fixed = any(n.target is check_input and n.args[2][0] is not None for n in nodes)
+    return len(inputs) == 1 and isinstance(output, Node) and not whole_batch and not fixed
 
 
 def _children(spec: Any) -> list[Any]:

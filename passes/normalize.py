@@ -9,8 +9,8 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from qmir_ao.passes.base import Pass
-from qmir_ao.quant.constants import sizes_of
-from qmir_ao.quant.patterns import module_of
+from qmir_ao.quant.constants import constant_value, sizes_of
+from qmir_ao.quant.patterns import is_constant, module_of
 
 aten = torch.ops.aten
 
@@ -184,17 +184,18 @@ class NormalizeOperators(Pass):
                 node.kwargs, node.target = {}, aten.linear.default
                 changed += 1
             elif node.target in _CONV_RANK:
-                changed += _normalize_conv(node, _CONV_RANK[node.target])
+                changed += _normalize_conv(graph_module, node, _CONV_RANK[node.target])
         return changed
 
 
-def _normalize_conv(node: Node, rank: int) -> int:
+def _normalize_conv(graph_module: GraphModule, node: Node, rank: int) -> int:
     x, weight, bias, stride, padding, dilation, groups = _arguments(
         node, _CONV_NAMES, _CONV_DEFAULTS
     )
     stride, dilation = sizes_of(stride, rank), sizes_of(dilation, rank)
     if isinstance(padding, str):
-        kernel = weight.meta["val"].shape[2:] if "val" in weight.meta else None
+        constant = is_constant(weight)
+        kernel = constant_value(graph_module, weight).shape[2:] if constant else None
         symmetric = None if kernel is None else _same_padding(kernel, dilation)
         if padding != "valid" and symmetric is None:
             return 0

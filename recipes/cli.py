@@ -5,7 +5,6 @@ by the command that needs it, so that `qmir --help` answers at once.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -22,10 +21,6 @@ from qmir_ao.recipes.commands.quantize import quantize
 from qmir_ao.recipes.commands.restore import restore
 from qmir_ao.recipes.commands.train import train
 from qmir_ao.recipes.console import ERR, set_verbosity
-
-# Threads that wait sleep instead of spinning. Read when torch loads its OpenMP: with another busy
-# process on the same cores, spinning made a training step ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 BAD_INPUT_ERRORS = (

@@ -57,14 +57,14 @@ def prepare_exported(
     return with_modes(prepared)
 
 
-def with_modes(graph_module: GraphModule) -> GraphModule:
-    """Give an exported graph working `train()` and `eval()`, which torch.export takes away.
+class PreparedGraph(GraphModule):
+    """An exported graph with working `train()` and `eval()`, which torch.export takes away.
 
-    The methods are set on the graph's own class (each GraphModule has one), so that copies of the
-    model have them too.
+    A subclass, so that copies of the model have them too.
     """
 
-    def train(self: GraphModule, mode: bool = True) -> GraphModule:
+    def train(self, mode: bool = True) -> "PreparedGraph":
+        """Switch dropout, batch norm and the quantizers to training (or evaluation)."""
         for node in self.graph.nodes:
             position = _TRAINING_ARGUMENT.get(node.target)
             if position is not None:
@@ -74,14 +74,16 @@ def with_modes(graph_module: GraphModule) -> GraphModule:
             module.training = mode
         return self
 
-    def evaluate(self: GraphModule) -> GraphModule:
-        return train(self, False)
+    def eval(self) -> "PreparedGraph":
+        """Switch to evaluation."""
+        return self.train(False)
 
-    for name in ("train", "eval"):
-        graph_module.__dict__.pop(name, None)
-    kind: Any = type(graph_module)
-    kind.train, kind.eval = train, evaluate
-    return train(graph_module)
+
+def with_modes(graph_module: GraphModule) -> PreparedGraph:
+    """The same graph as a `PreparedGraph`, in training mode."""
+    prepared = PreparedGraph(graph_module, graph_module.graph)
+    prepared.meta.update(graph_module.meta)
+    return prepared.train()
 
 
 def prepare_traced(

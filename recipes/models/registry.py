@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mambair-jpeg": {**_CLASSIC, "expand": 1.2, "in_channels": 1},
 }
 """Name to the arguments of `MambaIR`."""
-PRETRAINED = {"mambair-tiny-x2": "a1c77cba3d8a71df10c0515f6b88c6c58b661ad3a94f73b7d37372c741c96a3f"}
+PRETRAINED = {"mambair-tiny-x2": "dac3a714dfaa5a15d7774dfc63d8186b4117c5c518d8a284a5d3aad953445386"}
 """Models whose weights come with this package, and the SHA-256 of the files."""
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 

@@ -53,9 +53,10 @@ def operator_error_steps(taps: int, act_bits: int, weight_bits: int) -> float:
 
     The prepared twin adds `taps` float32 products of up to 2^(bits-1) steps each, of either sign:
     sqrt(taps) roundings (a random walk) of partial sums around sqrt(taps) products, so taps
-    products times 2^-24; both shifts may double it.
+    products times 2^-24; both shifts may double it. The epilogue's six roundings on either side
+    are a constant that matters to depthwise convolutions: 16 products more.
     """
-    return 2.0 * taps * 2.0 ** (act_bits + weight_bits - 2) * 2.0**-24
+    return 2.0 * (taps + 16) * 2.0 ** (act_bits + weight_bits - 2) * 2.0**-24
 
 
 # The scan's twin runs the same float recurrence with other exponentials (torch's softplus and exp
