@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import keyword
 import os
 import shutil
 import tempfile
@@ -108,18 +109,29 @@ def encode_graph(graph: Graph) -> list[dict[str, Any]]:
     return nodes
 
 
+def _identifier(name: Any) -> str:
+    """A name that FX prints into the code it generates: nothing but an identifier may pass."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise TargetNameError(f"name {name!r}")
+    return name
+
+
 def decode_graph(nodes: list[dict[str, Any]]) -> Graph:
-    """The inverse of `encode_graph`; only allowed targets are resolved."""
+    """The inverse of `encode_graph`; only allowed targets and plain names are resolved."""
     graph = Graph()
     known: dict[str, Node] = {}
     for entry in nodes:
         target = decode_target(entry["op"], entry["target"])
+        if entry["op"] in ("placeholder", "get_attr"):
+            _identifier(target)
         args = tuple(_decode(a, known) for a in entry["args"])
-        kwargs = {str(k): _decode(v, known) for k, v in entry["kwargs"].items()}
-        node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
+        kwargs = {_identifier(k): _decode(v, known) for k, v in entry["kwargs"].items()}
+        node = graph.create_node(entry["op"], target, args, kwargs, name=_identifier(entry["name"]))
         node.meta.update({k: entry["meta"][k] for k in _META if k in entry["meta"]})
         known[entry["name"]] = node
     graph.lint()
+    if [entry["op"] for entry in nodes].count("output") != 1 or nodes[-1]["op"] != "output":
+        raise ValueError("a graph ends with its one output")
     return graph
 
 

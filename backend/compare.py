@@ -69,7 +69,8 @@ def compare_operators(
                 records.append(pair.record())
             except (RuntimeError, StopIteration, IndexError) as error:
                 raise UnsupportedGraph(
-                    f"lowered node {node.name} does not fit {source.name} of the prepared model "
+                    f"lowered node {node.name} has no counterpart in the prepared model: "
+                    f"{source.name} differs "
                     f"({type(error).__name__}: {str(error)[:200]}); pass the model that was lowered"
                 ) from error
     return records

@@ -47,7 +47,9 @@ def keeps_samples_apart(graph_module: GraphModule) -> bool:
     nodes = list(graph_module.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     output = next(n for n in nodes if n.op == "output").args[0]
-    whole_batch = any(n.target is torch.ops.qmir.dls_qparams.default and n.args[5] for n in nodes)
+    qmir = torch.ops.qmir
+    dynamic = (qmir.dls_qparams.default, qmir.dls_fake_quant.default)
+    whole_batch = any(n.target in dynamic and n.args[5] for n in nodes)
     fixed = any(n.target is check_input and n.args[2][0] is not None for n in nodes)
     return len(inputs) == 1 and isinstance(output, Node) and not whole_batch and not fixed
 
