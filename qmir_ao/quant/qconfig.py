@@ -79,7 +79,7 @@ def official_mapping(qconfig: QConfig | QConfigMapping) -> QConfigMapping:
     Raises:
         ConfigError: not a plain QConfig with DLS activations.
 
-    Source: the published architecture file; see `docs/numerics.md`.
+    Source: the architecture file of the published release.
     """
     if not isinstance(qconfig, QConfig):
         raise ConfigError(
