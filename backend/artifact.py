@@ -135,6 +135,12 @@ def decode_graph(nodes: list[dict[str, Any]]) -> Graph:
     return graph
 
 
+def _compact(manifest: dict[str, Any]) -> bytes:
+    """JSON with one line for each entry: indented, the graph would outweigh the packed weights."""
+    lines = (f"{json.dumps(k)}:{json.dumps(v, separators=(',', ':'))}" for k, v in manifest.items())
+    return ("{" + ",\n".join(lines) + "}\n").encode()
+
+
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
@@ -177,7 +183,7 @@ def save_lowered(lowered: LoweredModule, path: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         _write(scratch / TENSORS, save_tensors(tensors))
-        _write(scratch / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write(scratch / MANIFEST, _compact(manifest))
         scratch.chmod(0o755)
         _replace_folder(scratch, path)
     finally:

@@ -112,7 +112,7 @@ def sqnr_plot(operators: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         return _svg(figure, "Signal to quantization noise ratio of every operator")
 
 
-def loss_plot(losses: Mapping[str, Sequence[float]], window: int = 15) -> str:
+def loss_plot(losses: Mapping[str, Sequence[float]], window: int = 30) -> str:
     """Training loss of each bit width, as a moving average over `window` steps.
 
     Args:
