@@ -138,7 +138,8 @@ def decode_graph(nodes: list[dict[str, Any]]) -> Graph:
 def _compact(manifest: dict[str, Any]) -> bytes:
     """JSON with one line for each entry: indented, the graph would outweigh the packed weights."""
     lines = (f"{json.dumps(k)}:{json.dumps(v, separators=(',', ':'))}" for k, v in manifest.items())
-    return ("{" + ",\n".join(lines) + "}\n").encode()
+    # No newline at the end: a file that lost its last byte must not parse.
+    return ("{" + ",\n".join(lines) + "}").encode()
 
 
 def _canonical(value: Any) -> bytes:
