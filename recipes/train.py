@@ -20,6 +20,8 @@ from qmir_ao.recipes.evaluate import Evaluation, evaluate
 from qmir_ao.recipes.models import create_model
 
 SCHEDULES = ("cosine", "steps")
+TERMINATED = 143
+"""Exit code after SIGTERM: 128 + 15, as shells report it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def fit(
     Raises:
         NonFiniteError: the loss became NaN or infinite.
         KeyboardInterrupt: the run was interrupted.
+        SystemExit: the process was told to end (SIGTERM), with code 143.
     """
     from lightning import Trainer
 
@@ -139,7 +142,10 @@ def fit(
         )
         try:
             trainer.fit(module, DataLoader(dataset, batch_size=options.batch))
-        except SystemExit as stop:  # Lightning turns Ctrl-C into an exit code of its own
+        except SystemExit as stop:
+            # Lightning turns Ctrl-C and SIGTERM into exits of its own, with other codes.
+            if trainer.received_sigterm:
+                raise SystemExit(TERMINATED) from stop
             raise KeyboardInterrupt from stop
     minutes = (time.monotonic() - start) / 60
     return TrainResult(trainer.global_step, module.last_loss, minutes)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,19 @@ def test_interrupt_reaches_the_caller(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train("mambair-tiny-x2", [folder], out, QUICK, progress=interrupt)
     assert not out.exists()
+
+
+def test_termination_ends_with_its_own_code(folder: Path, tmp_path: Path) -> None:
+    def terminate(done: int, total: int, loss: float) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "a.safetensors"
+    with pytest.raises(SystemExit) as caught:
+        train("mambair-tiny-x2", [folder], out, QUICK, progress=terminate)
+    assert caught.value.code == 143
+    assert not out.exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_non_finite_loss_stops(folder: Path, tmp_path: Path) -> None:
