@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import keyword
 import os
 import shutil
 import tempfile
@@ -14,21 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 import qmir_ao
+from qmir_ao.backend.graph_format import decode_graph, encode_graph, tensor_names
 from qmir_ao.backend.lowered import LoweredModule
-from qmir_ao.backend.report import LoweringReport
-from qmir_ao.backend.targets import TargetNameError, decode_target, encode_target
+from qmir_ao.backend.report import make_report
+from qmir_ao.backend.targets import TargetNameError
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.quant.constants import attribute
 
-FORMAT, VERSION = "qmir-lowered", 1
+FORMAT, VERSION = "qmir-lowered", 2
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
-_META = ("qmir_source", "qmir_module", "act_bits", "weight_bits")
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.int8, torch.uint8)}
-_DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int32, torch.int64, torch.bool)}
 
 
 def _digest(data: bytes) -> str:
@@ -41,109 +38,26 @@ def tensor_digest(tensor: Tensor) -> str:
     return _digest(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
 
 
-def _encode(value: Any) -> Any:
-    if isinstance(value, Node):
-        return {"$node": value.name}
-    if isinstance(value, tuple):
-        return {"$tuple": [_encode(v) for v in value]}
-    if isinstance(value, list | torch.fx.immutable_collections.immutable_list):
-        return [_encode(v) for v in value]
-    if isinstance(value, slice):
-        return {"$slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
-    if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
-        return {"$dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"$device": str(value)}
-    if value is Ellipsis:
-        return {"$ellipsis": True}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TargetNameError(f"argument of type {type(value).__name__}")
+def _lines(members: dict[str, Any]) -> str:
+    return ",\n".join(f"{json.dumps(k)}:{_dense(v)}" for k, v in members.items())
 
 
-def _decode(value: Any, nodes: dict[str, Node]) -> Any:
-    if isinstance(value, list):
-        return [_decode(v, nodes) for v in value]
-    if not isinstance(value, dict):
-        return value
-    ((tag, body),) = value.items()
-    if tag == "$node":
-        return nodes[body]
-    if tag == "$tuple":
-        return tuple(_decode(v, nodes) for v in body)
-    if tag == "$slice":
-        return slice(*(_decode(v, nodes) for v in body))
-    if tag == "$dtype":
-        return _DTYPES[body]
-    if tag == "$device":
-        return torch.device("cpu")
-    if tag == "$ellipsis":
-        return Ellipsis
-    raise TargetNameError(f"tag {tag!r}")
-
-
-def encode_graph(graph: Graph) -> list[dict[str, Any]]:
-    """Nodes as plain types.
-
-    Raises:
-        ConfigError: a node calls something that has no entry in the format.
-    """
-    nodes = []
-    for node in graph.nodes:
-        try:
-            nodes.append(
-                {
-                    "name": node.name,
-                    "op": node.op,
-                    "target": encode_target(node),
-                    "args": [_encode(a) for a in node.args],
-                    "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
-                    "meta": {k: node.meta[k] for k in _META if k in node.meta},
-                }
-            )
-        except TargetNameError as error:
-            raise ConfigError(
-                f"node {node.name} cannot be saved: {error}. Capture with example_inputs, so that "
-                "it becomes an aten operator"
-            ) from error
-    return nodes
-
-
-def _identifier(name: Any) -> str:
-    """A name that FX prints into the code it generates: nothing but an identifier may pass."""
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise TargetNameError(f"name {name!r}")
-    return name
-
-
-def decode_graph(nodes: list[dict[str, Any]]) -> Graph:
-    """The inverse of `encode_graph`; only allowed targets and plain names are resolved."""
-    graph = Graph()
-    known: dict[str, Node] = {}
-    for entry in nodes:
-        target = decode_target(entry["op"], entry["target"])
-        if entry["op"] in ("placeholder", "get_attr"):
-            _identifier(target)
-        args = tuple(_decode(a, known) for a in entry["args"])
-        kwargs = {_identifier(k): _decode(v, known) for k, v in entry["kwargs"].items()}
-        node = graph.create_node(entry["op"], target, args, kwargs, name=_identifier(entry["name"]))
-        node.meta.update({k: entry["meta"][k] for k in _META if k in entry["meta"]})
-        known[entry["name"]] = node
-    graph.lint()
-    if [entry["op"] for entry in nodes].count("output") != 1 or nodes[-1]["op"] != "output":
-        raise ValueError("a graph ends with its one output")
-    return graph
+def _dense(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _compact(manifest: dict[str, Any]) -> bytes:
-    """JSON with one line for each entry: indented, the graph would outweigh the packed weights."""
-    lines = (f"{json.dumps(k)}:{json.dumps(v, separators=(',', ':'))}" for k, v in manifest.items())
+    """JSON with a line for each entry: indented, the graph would outweigh the packed weights."""
+    text = _lines({k: v for k, v in manifest.items() if k != "graph"})
     # No newline at the end: a file that lost its last byte must not parse.
-    return ("{" + ",\n".join(lines) + "}").encode()
+    return ("{" + text + ',\n"graph":{' + _lines(manifest["graph"]) + "}}").encode()
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+def _graph_digest(graph: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """sha256 of the graph together with name, type and shape of each tensor."""
+    layout = [[name, str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())]
+    text = json.dumps([graph, layout], sort_keys=True, separators=(",", ":"))
+    return _digest(text.encode())
 
 
 def save_lowered(lowered: LoweredModule, path: Path) -> None:
@@ -164,21 +78,19 @@ def save_lowered(lowered: LoweredModule, path: Path) -> None:
         raise ConfigError(
             "a model with nested inputs or outputs cannot be saved; use plain tensors"
         )
-    graph = encode_graph(graph_module.graph)
-    names = {n.target for n in graph_module.graph.nodes if n.op == "get_attr"}
-    tensors = {str(t): attribute(graph_module, str(t)).clone().contiguous() for t in sorted(names)}
+    report = lowered.report
+    reported = {r.name for r in report.operators} | {r.name for r in report.left_in_float}
+    graph = encode_graph(graph_module.graph, reported)
+    names = tensor_names(graph_module.graph)
+    tensors = {name: attribute(graph_module, name).clone().contiguous() for name in names}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "qmir_ao": qmir_ao.__version__,
         "target": lowered.target,
-        "tensors": {
-            name: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": tensor_digest(t)}
-            for name, t in tensors.items()
-        },
-        "graph_sha256": _digest(_canonical(graph)),
+        "tensors": [tensor_digest(t) for t in tensors.values()],
+        "graph_sha256": _graph_digest(graph, tensors),
         "graph": graph,
-        "report": lowered.report.to_dict(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -223,12 +135,12 @@ def load_lowered(path: Path, target: str) -> LoweredModule:
     manifest = _read_manifest(path)
     tensors = _read_tensors(path, manifest)
     try:
-        graph = decode_graph(manifest["graph"])
-        report = LoweringReport.from_dict(manifest["report"])
+        graph = decode_graph(manifest["graph"], sorted(tensors))
         graph_module = GraphModule(dict(tensors), graph)
+        report = make_report(graph_module)
     except TargetNameError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error} is not allowed in a model") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST}: the graph is damaged ({type(error).__name__}: {error})"
         ) from error
@@ -249,12 +161,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: format version {manifest.get('version')!r}, this release reads {VERSION}"
         )
-    wanted = ("tensors", dict), ("graph", list), ("report", dict)
+    wanted = ("tensors", list), ("graph", dict)
     for key, kind in wanted:
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{file}: is damaged, {key!r} is missing")
-    if _digest(_canonical(manifest["graph"])) != manifest.get("graph_sha256"):
-        raise CheckpointError(f"{file}: the graph does not match its sha256; the file was changed")
     return manifest
 
 
@@ -266,13 +176,20 @@ def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: is truncated or damaged ({error})") from error
-    if set(tensors) != set(manifest["tensors"]):
-        differing = sorted(set(tensors) ^ set(manifest["tensors"]))
-        raise CheckpointError(f"{file}: tensors differ from the manifest: {differing[:3]}")
-    for name, tensor in tensors.items():
-        entry = manifest["tensors"][name]
-        if not isinstance(entry, dict) or tensor_digest(tensor) != entry.get("sha256"):
+    digests = manifest["tensors"]
+    if len(tensors) != len(digests):
+        raise CheckpointError(
+            f"{file}: has {len(tensors)} tensors, the manifest knows {len(digests)}; take both "
+            "files from one save"
+        )
+    for name, digest in zip(sorted(tensors), digests, strict=True):
+        if tensor_digest(tensors[name]) != digest:
             raise CheckpointError(
                 f"{file}: hash mismatch in tensor {name!r}; the file was changed after saving"
             )
+    if _graph_digest(manifest["graph"], tensors) != manifest.get("graph_sha256"):
+        raise CheckpointError(
+            f"{path / MANIFEST}: the graph does not match its sha256, or a tensor its name, type "
+            "or shape; a file was changed after saving"
+        )
     return tensors

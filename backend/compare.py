@@ -23,8 +23,30 @@ from qmir_ao.quant.prepare import is_fake_quantize
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
 
+_BEFORE_QUANTIZE = (
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.flatten.using_ints,
+)
+"""What a quantizer may do to its input in float before it makes codes."""
+
+
 BOUNDARY_STEPS = 1e-5
 """How close to a rounding boundary, in steps, a code may flip between the two forms."""
+
+
+def _is_inside(node: Node, name: str) -> bool:
+    """Whether a node was emitted for the fake-quantizer `name`, between its input and its codes."""
+    return node.target in _BEFORE_QUANTIZE and node.meta.get(SOURCE) == name
+
+
+def _is_first(node: Node) -> bool:
+    """Whether a node takes the fake-quantizer's own input."""
+    return (
+        node.target in _BEFORE_QUANTIZE
+        and SOURCE in node.meta
+        and not _is_inside(arguments(node)[0], node.meta[SOURCE])
+    )
 
 
 def compare_operators(
@@ -127,12 +149,19 @@ class _Operator:
             elif node.target is qmir.dls_quantize.default:
                 result = self._quantize(node, value)
             elif node.target is qmir.dls_qparams.default:
-                x = self._seen(self._quantize_node_of(node))
+                quantize = self._quantize_node_of(node)
+                inside = _is_inside(arguments(node)[0], quantize.meta[SOURCE])
+                x = value(arguments(node)[0]) if inside else self._seen(quantize)
                 rest = [value(a) if isinstance(a, Node) else a for a in arguments(node)[1:]]
                 result = target(x, *rest)
+            elif _is_first(node):
+                rest = [value(a) if isinstance(a, Node) else a for a in arguments(node)[1:]]
+                result = target(self._seen(node), *rest)
             else:
                 args = torch.fx.node.map_arg(arguments(node), value)
-                result = target(*args)
+                result = target(*args, **node.kwargs)
+                if node.target is aten.to.dtype and SOURCE in node.meta:
+                    self._count_codes(node, result, value)
             done[node] = result
             return result
 
@@ -158,10 +187,14 @@ class _Operator:
         x, fake = self._seen(node), self._fake(node)
         step, shift = value(arguments(node)[1]), value(arguments(node)[2])
         low, high = arguments(node)[3:5]
+        origin, seen = arguments(node)[0], self.values[fake]
+        if _is_inside(origin, node.meta[SOURCE]):
+            x = value(origin)
         codes: Tensor = qmir.dls_quantize(x, step, shift, low, high)
-        wide = (-1, *([1] * (x.dim() - 1)))
+        per_group = step.numel() in (1, x.shape[0])
+        wide = (-1, *([1] * (x.dim() - 1))) if per_group else (*x.shape[:-1], 1)
         s, b = (t.double().reshape(wide) for t in (step, shift))
-        expected = torch.round((self.values[fake].double() + b) / s)
+        expected = torch.round((seen.double() + b) / s)
         t = (x.double() + b) / s
         differs = expected != codes.double()
         near = ((t - torch.floor(t)) - 0.5).abs() < BOUNDARY_STEPS
@@ -170,6 +203,20 @@ class _Operator:
         self.boundary += int((differs & near).sum())
         self.clipped += float(((t < low - 0.5) | (t > high + 0.5)).sum())
         return codes
+
+    def _count_codes(self, node: Node, codes: Tensor, value: Any) -> None:
+        """Compare codes that no quantize operator made (learned thresholds) with the values seen.
+
+        The thresholds have no rounding boundary of a uniform grid: every difference counts.
+        """
+        operand, user = node, next(iter(node.users))
+        while user.target not in KINDS:  # a one-dimensional convolution unsqueezes its codes
+            operand, user = user, next(iter(user.users))
+        at = arguments(user).index(operand)
+        step, shift = (value(a).double() for a in arguments(user)[at + 1 : at + 3])
+        expected = torch.round((self.values[self._fake(node)].double() + shift) / step)
+        self.codes += codes.numel()
+        self.mismatches += int((expected != codes.double()).sum())
 
     def _unit(self, operands: tuple[Any, ...]) -> float:
         """Value of one accumulator unit: activation step times the largest weight step."""

@@ -9,6 +9,7 @@ from torch.fx.graph import CodeGen
 
 from qmir_ao.backend.report import LoweringReport
 from qmir_ao.capture.inputs import check_input
+from qmir_ao.errors import NonFiniteError
 from qmir_ao.quant.constants import attribute
 
 
@@ -39,7 +40,15 @@ class LoweredModule(nn.Module):
             x = args[0] if len(args) == 1 else None
             if not self._one_by_one or not isinstance(x, Tensor) or x.dim() != 4 or len(x) < 2:
                 return self.graph_module(*args)
-            return torch.cat([self.graph_module(x[i : i + 1]) for i in range(x.shape[0])])
+            return torch.cat([self._alone(x, i) for i in range(x.shape[0])])
+
+    def _alone(self, x: Tensor, index: int) -> Tensor:
+        try:
+            image: Tensor = self.graph_module(x[index : index + 1])
+        except NonFiniteError as error:
+            # The operator saw a batch of one, and calls every image its sample 0.
+            raise NonFiniteError(f"image {index} of the batch, run alone: {error}") from error
+        return image
 
 
 def keeps_samples_apart(graph_module: GraphModule) -> bool:

@@ -91,15 +91,6 @@ class LoweringReport:
         }
         return dataclasses.asdict(self) | totals
 
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> "LoweringReport":
-        """The inverse of `to_dict`."""
-        return LoweringReport(
-            [OperatorRecord(**r) for r in data["operators"]],
-            [FloatRecord(**r) for r in data["left_in_float"]],
-            int(data["float_parameter_bytes"]),
-        )
-
     def __str__(self) -> str:
         """A short table: integer operators by kind, then float operators by reason."""
         lines = [f"{len(self.operators)} operators on integer codes"]

@@ -128,18 +128,16 @@ def encode_overload(target: torch._ops.OpOverload) -> str:
     return f"{target.namespace}.{target.__name__}"
 
 
-def decode_target(op: str, name: str) -> Any:
-    """What a saved node calls or reads.
+def decode_target(op: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a saved node calls.
 
     Raises:
-        TargetNameError: the name is not in the allow-list.
+        TargetNameError: the name is not in the allow-list, or `getattr` reads anything but a shape.
     """
-    if op in ("placeholder", "get_attr", "output"):
-        return name
-    if op == "call_method" and name in _METHODS:
+    if (op == "output" and name == op) or (op == "call_method" and name in _METHODS):
         return name
     if op == "call_function":
-        if name == "getattr.shape":
+        if name == "getattr.shape" and len(args) == 2 and args[1] == "shape" and not kwargs:
             return getattr
         if name in _FUNCTIONS:
             return _FUNCTIONS[name]

@@ -12,6 +12,8 @@ from qmir_ao.quant.spec import container_bits
 
 qmir = torch.ops.qmir
 
+_WEIGHTS = (qmir.rfa_fake_quant.default, qmir.rfa_dequantize.default)
+
 
 def _foldable(node: Node, known: dict[Node, bool]) -> bool:
     """Constant, and not a quantized weight: those keep their integers."""
@@ -24,7 +26,7 @@ def _foldable(node: Node, known: dict[Node, bool]) -> bool:
             inputs = node.all_input_nodes
             known[node] = (
                 bool(inputs)
-                and node.target is not qmir.rfa_fake_quant.default
+                and node.target not in _WEIGHTS
                 and all(_foldable(i, known) for i in inputs)
             )
     return known[node]

@@ -37,9 +37,16 @@ def weight_of(node: Any) -> tuple[Any, ...] | None:
     return None
 
 
+def code_range(codes: Node) -> tuple[int, int]:
+    """Smallest and largest code a quantize node makes."""
+    low, high = codes.meta.get("qmir_range") or arguments(codes)[3:5]
+    return int(low), int(high)
+
+
 def code_width(codes: Node) -> int:
     """Bits of the codes a quantize node makes."""
-    return (int(arguments(codes)[4]) - int(arguments(codes)[3])).bit_length()
+    low, high = code_range(codes)
+    return (high - low).bit_length()
 
 
 def _finish(node: Node, new: Node, lowered: Node, act_bits: int, levels_bits: int | None) -> None:
@@ -84,17 +91,40 @@ class DecomposeFakeQuantize(Pass):
             if clamp or high > 127:
                 continue
             graph = graph_module.graph
+            source, replaced = _tokens(node, x)
             with graph.inserting_before(node):
                 predicted = graph.call_function(
                     qmir.dls_qparams.default, (x, w, v, low, high, per_tensor, cap)
                 )
                 grid = [graph.call_function(operator.getitem, (predicted, i)) for i in (0, 1)]
-                codes = graph.call_function(qmir.dls_quantize.default, (x, *grid, low, high))
+                codes = graph.call_function(qmir.dls_quantize.default, (source, *grid, low, high))
                 values = graph.call_function(qmir.dls_dequantize.default, (codes, *grid))
-            values.meta = dict(node.meta)
-            node.replace_all_uses_with(values)
+            values.meta = dict(replaced[0].meta)
+            for old in replaced:
+                old.replace_all_uses_with(values)
             changed += 1
         return changed
+
+
+def _tokens(node: Node, x: Node) -> tuple[Node, list[Node]]:
+    """What a fake-quantize operator reads and what stands for its result.
+
+    Where a per-token quantizer flattened its input and reshaped its result, the tensors outside of
+    the two.
+    """
+
+    def shape(n: Node) -> Any:
+        value = n.meta.get("example_value", n.meta.get("val"))
+        return None if value is None else value.shape
+
+    users = list(node.users)
+    if x.target != "flatten" or not users or any(u.target != "reshape" for u in users):
+        return x, [node]
+    source = x.all_input_nodes[0]
+    known = shape(source)
+    if known is None or any(shape(u) != known for u in users):
+        return x, [node]
+    return source, users
 
 
 class LowerLinear(Pass):
@@ -213,7 +243,7 @@ class LowerScan(Pass):
                     node.meta.setdefault(REASON, "not all of u, delta, B and C are quantized")
                 continue
             qu, qdelta, qB, qC = (s for s in sequences if s is not None)
-            low, high = arguments(qdelta[0])[3:5]
+            low, high = code_range(qdelta[0])
             with graph_module.graph.inserting_before(node):
                 new = graph_module.graph.call_function(
                     qmir.selective_scan_q.default,

@@ -15,7 +15,15 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "passes" / "__init_
     __path__.append(str(_CHECKOUT))
 
 if TYPE_CHECKING:
-    from qmir_ao.api import compare, convert_and_lower, load, prepare_qat, save
+    from qmir_ao.api import (
+        calibrate,
+        compare,
+        convert_and_lower,
+        load,
+        prepare_ptq,
+        prepare_qat,
+        save,
+    )
     from qmir_ao.errors import QmirError
     from qmir_ao.quant.fake_quant import DLSFakeQuantize
     from qmir_ao.quant.qconfig import get_qmir_qconfig, qmir_qconfig
@@ -27,10 +35,12 @@ __all__ = [
     "QmirError",
     "QmirQuantizer",
     "RFAFakeQuantize",
+    "calibrate",
     "compare",
     "convert_and_lower",
     "get_qmir_qconfig",
     "load",
+    "prepare_ptq",
     "prepare_qat",
     "qmir_qconfig",
     "save",

@@ -1,7 +1,7 @@
 """The calls a user makes: prepare, lower, compare, save, load."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,50 @@ def prepare_qat(
     graph_module = export_graph(own, inputs, dynamic_shapes)
     insert_input_checks(graph_module)
     return prepare_exported(graph_module, qconfig, placement)
+
+
+def prepare_ptq(
+    model: nn.Module,
+    qconfig: "QConfig | QConfigMapping",
+    example_inputs: Sequence[Any] | torch.Tensor | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    placement: str = "paper",
+) -> GraphModule:
+    """Capture a float network and insert quantizers for `calibrate`, without training.
+
+    Arguments and errors as `prepare_qat`; any QConfig serves. Min-max, percentile and
+    mean-square-error observers are `get_qmir_qconfig(8, 8, activation="static", weight="lsq",
+    init="minmax")`, `init="percentile"` and `init="mse"`.
+
+    Returns:
+        A graph in evaluation mode; `calibrate` it, then `convert_and_lower`.
+    """
+    return prepare_qat(
+        model, qconfig, example_inputs, dynamic_shapes=dynamic_shapes, placement=placement
+    ).eval()
+
+
+def calibrate(
+    prepared: GraphModule, data: Iterable[Any], *, progress: Callable[[int], None] | None = None
+) -> GraphModule:
+    """Initialise every activation quantizer of a prepared network from data, in place.
+
+    Args:
+        prepared: from `prepare_ptq` (or `prepare_qat`, for a start from more than one batch).
+        data: input tensors, or sequences of inputs such as a DataLoader gives.
+        progress: called with the number of batches done.
+
+    Returns:
+        `prepared`, in evaluation mode.
+
+    Raises:
+        ConfigError: no batch, or one that is no tensor.
+        UnsupportedGraph: no quantizer in the graph.
+    """
+    from qmir_ao.quant.calibrate import calibrate_quantizers
+
+    return calibrate_quantizers(prepared, data, progress=progress)
 
 
 def convert_and_lower(

@@ -1,5 +1,6 @@
 """Load and save weights: never executes code from a file, never leaves half a file behind."""
 
+import hashlib
 import json
 import pickle
 import warnings
@@ -33,7 +34,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file; give a .pth or .safetensors file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _unwrap(path, _read_pickle(path))
+    return _unwrap(path, read_pickle(path))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -49,7 +50,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
+    """Read a file of `torch.save` that holds tensors and plain data; never runs code from it.
+
+    Raises:
+        CheckpointError: missing, damaged or hostile.
+    """
     try:
         with warnings.catch_warnings():
             # A foreign pickle makes torch warn about its protocol before it is refused.
@@ -149,6 +155,15 @@ def save_weights(model: nn.Module, path: Path, metadata: Mapping[str, Any] | Non
         atomic_write(Path(path), save(tensors, metadata=facts))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error})") from error
+
+
+def digest_weights(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits that another network or other weights do not share."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def read_metadata(path: Path) -> dict[str, str]:

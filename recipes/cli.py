@@ -18,7 +18,9 @@ from qmir_ao.recipes.commands.doctor import doctor
 from qmir_ao.recipes.commands.evaluate import evaluate
 from qmir_ao.recipes.commands.info import info
 from qmir_ao.recipes.commands.quantize import quantize
+from qmir_ao.recipes.commands.recipes import recipes
 from qmir_ao.recipes.commands.restore import restore
+from qmir_ao.recipes.commands.run import run
 from qmir_ao.recipes.commands.train import train
 from qmir_ao.recipes.console import ERR, set_verbosity
 
@@ -44,6 +46,8 @@ app.command()(train)
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(restore)
+app.command()(recipes)
+app.command()(run)
 app.command()(info)
 app.command()(doctor)
 

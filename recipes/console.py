@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from qmir_ao.recipes.distributed import is_main
+
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
 LOGGERS = ("qmir_ao", "lightning", "lightning.pytorch")
@@ -34,7 +36,8 @@ def set_verbosity(verbose: bool, quiet: bool) -> None:
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel(level)
-    ERR.quiet = quiet
+    # Every rank of a torchrun has the same to say; log records come from all of them.
+    ERR.quiet, OUT.quiet = quiet or not is_main(), not is_main()
 
 
 @contextmanager
@@ -77,6 +80,8 @@ def status(label: str) -> Iterator[None]:
 
 def emit_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout."""
+    if OUT.quiet:
+        return
     OUT.file.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     OUT.file.flush()
 

@@ -1,116 +1,84 @@
-"""Training patches and the bicubic downscaling of the super-resolution benchmarks."""
+"""Training patches of any restoration task."""
 
+import hashlib
+import io
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qmir_ao.errors import ConfigError
-from qmir_ao.recipes.images import Pixels, list_images, read_image
+from qmir_ao.errors import ConfigError, ImageError
+from qmir_ao.recipes.images import Pixels, atomic_write
+from qmir_ao.recipes.pixels import bicubic_downscale, crop_to_multiple, to_pixels, to_tensor
+from qmir_ao.recipes.tasks.base import Pair, Task
+from qmir_ao.recipes.tasks.super_resolution import SuperResolution
 
-BORDER = 4
-"""Low-resolution pixels that the downscaler pads and crops; its kernel is 4 of them wide."""
+__all__ = ["PatchDataset", "bicubic_downscale", "crop_to_multiple", "to_pixels", "to_tensor"]
 
-
-def crop_to_multiple(image: Pixels, scale: int) -> Pixels:
-    """Cut the bottom and right edge of (H, W, C) so that both sides are multiples of `scale`."""
-    h, w = image.shape[0] // scale * scale, image.shape[1] // scale * scale
-    return image[:h, :w]
-
-
-def bicubic_downscale(image: Pixels, scale: int) -> Pixels:
-    """Downscale uint8 (H, W, C) exactly as MATLAB's `imresize` (bicubic, antialiased) does.
-
-    The test sets' low-resolution images were made that way. MATLAB pads symmetrically, rounds
-    halves up, and rounds between the two axes (not at scale 8, where the published files differ).
-
-    Args:
-        image: uint8 (H, W, C); cut to multiples of `scale` first.
-        scale: whole number from 2.
-
-    Returns:
-        uint8 (H // scale, W // scale, C).
-    """
-    image = crop_to_multiple(image, scale)
-    if min(image.shape[:2]) < scale:
-        raise ConfigError(f"bicubic_downscale: image {image.shape} is smaller than scale {scale}")
-    pad = BORDER * scale
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="symmetric")
-    x = torch.from_numpy(padded.astype(np.float64)).permute(2, 0, 1)[None]
-    height, width = x.shape[2] // scale, x.shape[3] // scale
-    x = F.interpolate(x, (height, x.shape[3]), mode="bicubic", antialias=True)
-    if scale != 8:
-        x = _round(x)
-    x = _round(F.interpolate(x, (height, width), mode="bicubic", antialias=True))
-    cropped = x[0, :, BORDER:-BORDER, BORDER:-BORDER].permute(1, 2, 0)
-    return np.ascontiguousarray(cropped.numpy().astype(np.uint8))
-
-
-def _round(x: Tensor) -> Tensor:
-    # torch.round takes halves to even, MATLAB up.
-    return torch.floor(x + 0.5).clamp(0, 255)
-
-
-def to_tensor(pixels: Pixels) -> Tensor:
-    """(H, W, C) uint8 or uint16 to float32 (C, H, W) in [0, 1]."""
-    peak = np.iinfo(pixels.dtype).max
-    scaled = pixels.astype(np.float32) / np.float32(peak)
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
-
-
-def to_pixels(image: Tensor, dtype: type = np.uint8) -> Pixels:
-    """Float (C, H, W) in [0, 1], clamped and rounded, to (H, W, C) uint8 or uint16."""
-    peak = np.iinfo(dtype).max
-    scaled = image.detach().to("cpu", torch.float64).clamp(0, 1).mul(peak).round()
-    return np.ascontiguousarray(scaled.permute(1, 2, 0).numpy().astype(dtype))
+logger = logging.getLogger(__name__)
 
 
 class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Random (low, high) resolution patches; item i depends on the seed and i only.
+    """Random patches (input, ground truth); item i depends on the seed and i only.
 
-    Images and their downscaled versions stay in memory as uint8. An image is drawn with a
-    probability proportional to its area, a patch uniformly in it, and it is flipped and turned.
+    Images and their inputs stay in memory as uint8, or in memory-mapped files. An image is drawn
+    with a probability proportional to its area, a patch uniformly in it; it is flipped, turned, and
+    gets the random part of the task's degradation. All files are read and checked here, so that
+    nothing fails after training has begun.
 
     Args:
-        folders: folders with images of high resolution.
-        scale: downscaling factor.
-        patch: side of the low-resolution patch; smaller images are left out.
+        folders: folders with ground truth.
+        patch: side of the input patch; smaller images are left out.
         length: number of items (batch size times iterations).
         seed: seed of all draws.
+        scale: downscaling factor; short for `task=SuperResolution(scale)`.
+        task: restoration task; either this or `scale`.
+        inputs: folders with inputs, one for each of `folders`; made from the ground truth if None.
+        skip_bad_images: leave out files that cannot be read, with a warning, instead of raising.
+        cache: folder for decoded images, which later runs and other processes then share; in
+            memory if None.
         progress: called with (done, total) after each image.
 
     Raises:
-        ConfigError: no image is large enough.
-        ImageError: an image cannot be read.
+        ConfigError: neither or both of task and scale, unequal numbers of folders, or no image is
+            large enough.
+        ImageError: an image cannot be read, a folder has none, or a pair does not fit.
     """
 
     def __init__(
         self,
         folders: Sequence[Path],
         *,
-        scale: int,
         patch: int,
         length: int,
         seed: int,
+        scale: int | None = None,
+        task: Task | None = None,
+        inputs: Sequence[Path] | None = None,
+        skip_bad_images: bool = False,
+        cache: Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        paths = [path for folder in folders for path in list_images(Path(folder))]
-        self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
-        self.pairs: list[tuple[Pixels, Pixels]] = []
-        for done, path in enumerate(paths, start=1):
-            high = crop_to_multiple(read_image(path), scale)
-            if min(high.shape[:2]) >= patch * scale:
-                self.pairs.append((bicubic_downscale(high, scale), high))
+        self.task = _task(task, scale)
+        self.scale, self.patch, self.length, self.seed = self.task.scale, patch, length, seed
+        self.skipped: list[Path] = []
+        files = _files(self.task, folders, inputs)
+        self.pairs: list[Pair] = []
+        for done, (truth, low) in enumerate(files, start=1):
+            pair = self._read(truth, low, skip_bad_images)
+            if pair is not None:
+                self.pairs.append(pair if cache is None else _mapped(pair, cache))
             if progress is not None:
-                progress(done, len(paths))
+                progress(done, len(files))
         if not self.pairs:
+            side = patch * self.scale
             raise ConfigError(
-                f"training: none of the {len(paths)} images has {patch * scale} pixels on both "
-                f"sides, which patch {patch} at scale {scale} needs; use a smaller patch"
+                f"training: none of the {len(files) - len(self.skipped)} images has {side} pixels "
+                f"on both sides, which patch {patch} at scale {self.scale} needs; use a smaller "
+                "patch"
             )
         area = np.array([low.shape[0] * low.shape[1] for low, _ in self.pairs], np.float64)
         self.cumulative = np.cumsum(area) / area.sum()
@@ -129,14 +97,70 @@ class PatchDataset(Dataset[tuple[Tensor, Tensor]]):
         top = int(rng.integers(low.shape[0] - self.patch + 1))
         left = int(rng.integers(low.shape[1] - self.patch + 1))
         turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-        return (
-            to_tensor(_augment(_cut(low, top, left, self.patch), turns, mirrored)),
-            to_tensor(_augment(self._high(high, top, left), turns, mirrored)),
-        )
-
-    def _high(self, high: Pixels, top: int, left: int) -> Pixels:
         s = self.scale
-        return _cut(high, top * s, left * s, self.patch * s)
+        small = _augment(_cut(low, top, left, self.patch), turns, mirrored)
+        large = _augment(_cut(high, top * s, left * s, self.patch * s), turns, mirrored)
+        return to_tensor(self.task.corrupt(small, rng)), to_tensor(large)
+
+    def _read(self, truth: Path, low: Path | None, skip: bool) -> Pair | None:
+        """Pair of one image; None if it is too small, or bad and `skip` is set."""
+        try:
+            image, given = self.task.read_pair(truth, low)
+        except ImageError as error:
+            if not skip:
+                raise
+            logger.warning("left out: %s", error)
+            self.skipped.append(truth)
+            return None
+        if given is None and min(image.shape[:2]) < self.patch * self.scale:
+            return None
+        pair = self.task.training_pair(image, given, truth)
+        return pair if min(pair[0].shape[:2]) >= self.patch else None
+
+
+def _task(task: Task | None, scale: int | None) -> Task:
+    if task is None and scale is not None:
+        return SuperResolution(scale)
+    if task is None or scale is not None:
+        raise ConfigError(f"PatchDataset: give either task or scale, got {task} and {scale}")
+    return task
+
+
+def _files(
+    task: Task, folders: Sequence[Path], inputs: Sequence[Path] | None
+) -> list[tuple[Path, Path | None]]:
+    """Ground-truth files of all folders with their input files."""
+    if inputs is not None and len(inputs) != len(folders):
+        raise ConfigError(
+            f"training: {len(folders)} folders of ground truth and {len(inputs)} of inputs; give "
+            "one folder of inputs for each"
+        )
+    given: list[Path | None] = [None] * len(folders) if inputs is None else list(inputs)
+    if not folders:
+        raise ConfigError("training: no folder with images; give at least one")
+    return [
+        pair
+        for folder, low in zip(folders, given, strict=True)
+        for pair in task.pairs(Path(folder), None if low is None else Path(low))
+    ]
+
+
+def _mapped(pair: Pair, cache: Path) -> Pair:
+    """The same arrays in memory-mapped files, named by their content."""
+    cache.mkdir(parents=True, exist_ok=True)
+    low, high = (_map(pixels, cache) for pixels in pair)
+    return low, high
+
+
+def _map(pixels: Pixels, cache: Path) -> Pixels:
+    stream = io.BytesIO()
+    np.save(stream, np.ascontiguousarray(pixels), allow_pickle=False)
+    data = stream.getvalue()
+    path = cache / f"{hashlib.sha256(data).hexdigest()}.npy"
+    if not path.is_file() or path.stat().st_size != len(data):
+        atomic_write(path, data)
+    mapped: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    return mapped
 
 
 def _cut(image: Pixels, top: int, left: int, side: int) -> Pixels:

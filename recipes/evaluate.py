@@ -1,70 +1,85 @@
-"""Evaluate a restoration network on a folder of images: PSNR and SSIM on luma."""
+"""Evaluate a restoration network on a folder of images: PSNR and SSIM as published."""
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 from torch import nn
 
-from qmir_ao.errors import ConfigError, ImageError
-from qmir_ao.recipes.data import bicubic_downscale, crop_to_multiple, to_pixels, to_tensor
-from qmir_ao.recipes.images import Pixels, list_images, read_image
-from qmir_ao.recipes.metrics import psnr_y, ssim_y
+from qmir_ao.errors import ConfigError
+from qmir_ao.recipes import distributed
+from qmir_ao.recipes.images import Pixels
+from qmir_ao.recipes.metrics import Convention, score
+from qmir_ao.recipes.pixels import bicubic_upscale, to_float
 from qmir_ao.recipes.restore import restore_pixels
+from qmir_ao.recipes.tasks.base import Source, Task
+from qmir_ao.recipes.tasks.super_resolution import SuperResolution
+
+__all__ = ["COLUMNS", "Evaluation", "ImageScore", "bicubic_upscale", "evaluate"]
+
+COLUMNS = ("psnr", "ssim", "baseline_psnr", "baseline_ssim")
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Scores of one image; bicubic enlargement is the baseline."""
+    """Scores of one image; the baseline is the input (enlarged bicubically where it is smaller)."""
 
     name: str
     psnr: float
     ssim: float
-    bicubic_psnr: float
-    bicubic_ssim: float
+    baseline_psnr: float
+    baseline_ssim: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of a folder; the means are over images."""
 
-    scale: int
-    border: int
+    task: Task
+    convention: Convention
     images: list[ImageScore]
 
+    @property
+    def scale(self) -> int:
+        """Enlargement."""
+        return self.task.scale
+
+    @property
+    def border(self) -> int:
+        """Pixels cropped before scoring."""
+        return self.convention.border
+
     def mean(self, column: str) -> float:
-        """Mean over the images of `psnr`, `ssim`, `bicubic_psnr` or `bicubic_ssim`."""
+        """Mean over the images of one of COLUMNS."""
         return fmean(getattr(image, column) for image in self.images)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        columns = ("psnr", "ssim", "bicubic_psnr", "bicubic_ssim")
+        """Plain data for JSON; the infinite PSNR of equal images becomes None."""
+        images = [asdict(image) for image in self.images]
         return {
+            "task": self.task.name,
+            **asdict(self.task),  # type: ignore[call-overload]
             "scale": self.scale,
-            "border": self.border,
-            "mean": {column: self.mean(column) for column in columns},
-            "images": [asdict(image) for image in self.images],
+            **asdict(self.convention),
+            "mean": {column: _finite(self.mean(column)) for column in COLUMNS},
+            "images": [{key: _finite(value) for key, value in row.items()} for row in images],
         }
 
 
-def bicubic_upscale(image: Pixels, scale: int) -> Pixels:
-    """Enlarge uint8 (H, W, C) by bicubic interpolation with MATLAB's kernel (a = -0.5)."""
-    x = to_tensor(image).to(torch.float64)[None]
-    size = (image.shape[0] * scale, image.shape[1] * scale)
-    # Only the antialiased form uses a = -0.5; when enlarging it is plain bicubic.
-    y = F.interpolate(x, size, mode="bicubic", antialias=True)
-    return to_pixels(y[0])
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def evaluate(
     model: nn.Module,
     folder: Path,
     *,
-    scale: int,
+    scale: int | None = None,
+    task: Task | None = None,
     low_folder: Path | None = None,
     border: int | None = None,
     tile: int | None = None,
@@ -72,54 +87,53 @@ def evaluate(
 ) -> Evaluation:
     """Run a network over a folder of ground-truth images and score the results.
 
+    Under `torchrun` the ranks share the images, and every rank gets all scores.
+
     Args:
-        model: float or lowered network from (1, 3, h, w) to (1, 3, scale*h, scale*w).
+        model: float or lowered network from (1, C, h, w) to (1, C, scale*h, scale*w).
         folder: ground-truth images.
-        scale: factor of the network; inputs are made by `bicubic_downscale`.
-        low_folder: inputs named `<name>.png` or `<name>x<scale>.png`, instead of downscaling.
-        border: pixels cropped before scoring; the scale by default, as published.
+        scale: enlargement of the network; short for `task=SuperResolution(scale)`.
+        task: restoration task; either this or `scale`.
+        low_folder: inputs named as the task says (`<name>` or `<name>x<scale>`), instead of making
+            them from the ground truth.
+        border: pixels cropped before scoring; by default as published.
         tile: section length for large images, or None to run images whole.
         progress: called with (done, total) after each image.
 
     Raises:
-        ConfigError: scale below 2.
+        ConfigError: scale below 2, or neither or both of scale and task.
         ImageError: an image is missing, unreadable or of the wrong size.
     """
-    if scale < 2:
-        raise ConfigError(f"evaluate: scale must be at least 2, got {scale}")
-    edge = scale if border is None else border
-    paths = list_images(Path(folder))
+    if (task is None) == (scale is None):
+        raise ConfigError(f"evaluate: give either scale or task, got {scale} and {task}")
+    task = SuperResolution(scale) if task is None and scale is not None else task
+    assert task is not None
+    convention = task.convention if border is None else replace(task.convention, border=border)
+    sources = task.sources(Path(folder), None if low_folder is None else Path(low_folder))
+    share = distributed.shard(sources)
     scores = []
-    for done, path in enumerate(paths, start=1):
-        truth = crop_to_multiple(read_image(path), scale)
-        low = _low(path, truth, scale, low_folder)
-        image = restore_pixels(model, low, scale=scale, tile=tile)
-        bicubic = bicubic_upscale(low, scale)
-        scores.append(
-            ImageScore(
-                name=path.name,
-                psnr=psnr_y(image, truth, edge),
-                ssim=ssim_y(image, truth, edge),
-                bicubic_psnr=psnr_y(bicubic, truth, edge),
-                bicubic_ssim=ssim_y(bicubic, truth, edge),
-            )
-        )
+    for done, source in enumerate(share, start=1):
+        scores.append(_score(model, source, task, convention, tile))
         if progress is not None:
-            progress(done, len(paths))
-    return Evaluation(scale, edge, scores)
+            progress(done, len(share))
+    return Evaluation(task, convention, distributed.gather(scores))
 
 
-def _low(path: Path, truth: Pixels, scale: int, folder: Path | None) -> Pixels:
-    if folder is None:
-        return bicubic_downscale(truth, scale)
-    names = [f"{path.stem}x{scale}.png", path.name, f"{path.stem}.png"]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise ImageError(f"{folder}: holds no input for {path.name}; looked for {names}")
-    low = read_image(found[0])
-    if (low.shape[0] * scale, low.shape[1] * scale) != truth.shape[:2]:
-        raise ImageError(
-            f"{found[0]}: {low.shape[:2]} pixels do not match {truth.shape[:2]} of {path.name} "
-            f"at scale {scale}"
-        )
-    return low
+def _score(
+    model: nn.Module, source: Source, task: Task, convention: Convention, tile: int | None
+) -> ImageScore:
+    low, truth = source.load()
+    # Float pixels are not rounded on their way through the network.
+    given = low if convention.rounded else to_float(low)
+    image = restore_pixels(model, given, scale=task.scale, tile=tile)
+    if convention.rounded:
+        image = _rounded(image)
+    psnr, ssim = score(image, truth, convention)
+    return ImageScore(source.name, psnr, ssim, *score(task.baseline(low), truth, convention))
+
+
+def _rounded(image: Pixels) -> Pixels:
+    """Pixels of 8 bits."""
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(np.clip(to_float(image), 0.0, 1.0) * 255.0).astype(np.uint8)

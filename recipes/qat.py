@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,7 +10,8 @@ from torch.ao.quantization import QConfig
 from torch.fx import GraphModule
 
 import qmir_ao
-from qmir_ao.recipes.data import PatchDataset
+from qmir_ao.recipes.checkpoint import digest_weights
+from qmir_ao.recipes.resume import Patches
 from qmir_ao.recipes.train import TrainOptions, TrainResult, fit
 
 LEARNING_RATE = 8e-4
@@ -47,22 +49,29 @@ def qat_options(
 
 def train_quantized(
     model: nn.Module,
-    dataset: PatchDataset,
+    dataset: Patches,
     options: TrainOptions,
     qconfig: QConfig,
     *,
     progress: Callable[[int, int], None] | None = None,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
 ) -> QATResult:
     """Insert DLS and RFA fake-quantizers into a copy of a float network and train it.
 
     Args:
         model: trained float network; it stays as it is.
         dataset: patches; the first batch also initialises the quantizers.
-        options: settings, see `qat_options`.
+        options: settings, see `qat_options`; with `distill` the float network is the teacher.
         qconfig: bit widths, see `qmir_ao.get_qmir_qconfig`.
         progress: called with (done, total) after each step.
+        checkpoint_dir: folder for checkpoints, see `fit`.
+        resume: go on from the newest checkpoint of `checkpoint_dir`, if there is one; the losses
+            are then those of the steps that were left.
 
     Raises:
+        ConfigError: the checkpoint is of a run with other settings, weights or data.
+        CheckpointError: the checkpoint is damaged or hostile, or cannot be written.
         CaptureError: the model cannot be traced.
         NonFiniteError: the training diverged.
     """
@@ -75,6 +84,16 @@ def train_quantized(
         if progress is not None:
             progress(done, total)
 
-    training = fit(prepared, dataset, options, progress=report)
+    training = fit(
+        prepared,
+        dataset,
+        options,
+        progress=report,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
+        teacher=model if options.distill else None,
+        # The start and the teacher of the run; naming them costs little more than reading them.
+        recipe={"float weights": digest_weights(model)} if checkpoint_dir else None,
+    )
     prepared.eval()
     return QATResult(prepared, losses, training)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qmir_ao.errors import ConfigError, QmirError
+from qmir_ao.errors import ConfigError, NonFiniteError, QmirError
+from qmir_ao.recipes import distributed
 from qmir_ao.recipes.data import to_pixels, to_tensor
 from qmir_ao.recipes.images import (
     WRITABLE,
@@ -92,6 +93,7 @@ def restore_pixels(
 
     Raises:
         ConfigError: tile is too small, or the network's output has another size.
+        NonFiniteError: the network's output holds NaN or infinity.
     """
     if tile is not None and tile < MIN_TILE:
         raise ConfigError(f"restore: tile must be at least {MIN_TILE} pixels or None, got {tile}")
@@ -139,6 +141,11 @@ def _run(model: nn.Module, pixels: Pixels, scale: int) -> Pixels:
             f"restore: the network returned {tuple(y.shape)}, expected {expected} at scale "
             f"{scale}; give the scale the network was made for"
         )
+    if not bool(torch.isfinite(y).all()):
+        raise NonFiniteError(
+            "restore: the network's output holds NaN or infinity, which is no image; its weights "
+            "come from a training that diverged or are damaged, take others"
+        )
     return to_pixels(y[0], pixels.dtype.type)
 
 
@@ -155,7 +162,8 @@ def restore(
     """Restore a file or every image of a folder; a bad file does not stop the others.
 
     16-bit images stay 16-bit and alpha is enlarged by bicubic interpolation where the target
-    format holds them. Each file appears under its name only when it is complete.
+    format holds them. Each file appears under its name only when it is complete. Under `torchrun`
+    the ranks share the files, and every rank gets the whole report.
 
     Args:
         model: float or lowered network; see `restore_pixels`.
@@ -165,7 +173,8 @@ def restore(
         scale: factor of the network.
         channels: 3 for RGB networks, 1 for grey ones.
         tile: section length, or None to run images whole.
-        progress: called with (files done, files, name); the first number counts tiles too.
+        progress: called with (files done, files, name) of this rank; the first number counts tiles
+            too.
 
     Returns:
         What was written and what failed; callers should exit non-zero if anything failed.
@@ -175,8 +184,8 @@ def restore(
         ImageError: the source is a folder without images.
     """
     source, target = Path(source), Path(target)
-    jobs = _plan(source, target)
-    report = RestoreReport()
+    jobs = distributed.shard(_plan(source, target))
+    failures: list[str | None] = []
     for index, (path, out) in enumerate(jobs):
 
         def tell(share: float, index: int = index, name: str = path.name) -> None:
@@ -187,12 +196,19 @@ def restore(
             image = load_image(path, channels)
             restored = restore_pixels(model, image.pixels, scale=scale, tile=tile, progress=tell)
             write_image(out, restored, _alpha(image, scale))
-            report.written.append(out)
+            failures.append(None)
         except ConfigError:
             raise
         except (QmirError, OSError) as error:
-            report.failed[path] = str(error)
+            failures.append(str(error))
             tell(1.0)
+    report = RestoreReport()
+    outcomes = [(*job, failure) for job, failure in zip(jobs, failures, strict=True)]
+    for path, out, failure in distributed.gather(outcomes):
+        if failure is None:
+            report.written.append(out)
+        else:
+            report.failed[path] = failure
     return report
 
 

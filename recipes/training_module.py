@@ -1,5 +1,6 @@
 """The Lightning module behind `qmir_ao.recipes.train`; imported only when training starts."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from qmir_ao.errors import NonFiniteError
+from qmir_ao.recipes import distributed
 from qmir_ao.recipes.checkpoint import save_weights
 
 BETAS = (0.9, 0.99)
@@ -28,6 +30,39 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: str) -> f
     return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
+def parameter_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Parameters by learning rate: a quantizer may ask for a share of the network's own."""
+    factors: dict[int, float] = {}
+    for module in model.modules():
+        factor = float(getattr(module, "learning_rate_factor", 1.0))
+        factors |= {id(p): factor for p in module.parameters(recurse=False)}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault(factors[id(parameter)], []).append(parameter)
+    return [{"params": members, "lr": rate * factor} for factor, members in groups.items()]
+
+
+class Teacher:
+    """A frozen network beside the trained one: no checkpoint or average holds a copy of it.
+
+    Args:
+        model: float network; a copy in evaluation mode is used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        """Averages of the weights copy the module that holds this."""
+        return self
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """The network's output, on the device of `x`."""
+        y: Tensor = self.model.to(x.device)(x)
+        return y
+
+
 class RestorationModule(LightningModule):
     """L1 training of a restoration network with Adam.
 
@@ -37,6 +72,8 @@ class RestorationModule(LightningModule):
         iterations: length of the schedule.
         warmup: iterations of linear warm-up.
         schedule: "cosine" (to zero) or "steps" (halved at MILESTONES).
+        teacher: network whose output the trained one should meet as well, or None.
+        distill: weight of the L1 distance to the teacher's output.
     """
 
     def __init__(
@@ -47,32 +84,46 @@ class RestorationModule(LightningModule):
         iterations: int,
         warmup: int,
         schedule: str,
+        teacher: Teacher | None = None,
+        distill: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.rate, self.iterations = learning_rate, iterations
         self.warmup, self.schedule = warmup, schedule
+        self.teacher, self.distill = teacher, distill
         self.last_loss = math.nan
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Mean absolute error of one batch.
+        """Mean absolute error of one batch, with the distance to the teacher if there is one.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
         low, high = batch
-        loss = l1_loss(self.model(low), high)
+        restored = self.model(low)
+        loss = l1_loss(restored, high)
+        if self.teacher is not None:
+            distance = l1_loss(restored, self.teacher(low))
+            loss = loss + self.distill * distance
         self.last_loss = float(loss.detach())
         if not math.isfinite(self.last_loss):
             raise NonFiniteError(
                 f"training: the loss is {self.last_loss} at iteration {index}, it must be finite; "
                 f"lower the learning rate (now {self.rate}) or check the images"
             )
+        if self.trainer.loggers:
+            self.log("loss", loss, sync_dist=True)
+            if self.teacher is not None:
+                self.log("distance to the teacher", distance, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:
         """Adam with a learning rate that changes at every iteration."""
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate, betas=BETAS, fused=True)
+        # Lightning clips no gradients for a fused optimizer in mixed precision.
+        fused = self.trainer.precision == "32-true"
+        groups = parameter_groups(self.model, self.rate)
+        optimizer = torch.optim.Adam(groups, lr=self.rate, betas=BETAS, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: learning_rate_factor(step, self.iterations, self.warmup, self.schedule),
@@ -108,5 +159,7 @@ class Report(Callback):
         done = trainer.global_step
         if self.progress is not None:
             self.progress(done, module.iterations, module.last_loss)
-        if self.snapshot is not None and self.save_every and done % self.save_every == 0:
+        if self.snapshot is None or not distributed.is_main():
+            return
+        if self.save_every and done % self.save_every == 0:
             save_weights(module.model, self.snapshot, {"iterations": done})

@@ -17,7 +17,9 @@ from qmir_ao.ops.conv2d import (
 )
 
 
-def _shape(x: Tensor, geometry: Geometry, out: tuple[int, int], grids: tuple[int, int]) -> object:
+def _shape(
+    x: Tensor, geometry: Geometry, out: tuple[int, int], grids: tuple[int, int, int]
+) -> object:
     """The C struct ConvShape, as an array of 64-bit integers in its order."""
     values = (
         *x.shape,
@@ -51,7 +53,7 @@ def _conv2d_acc(
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.int32)
     if y.numel():
-        shape = _shape(x, geometry, out, (1, 1))
+        shape = _shape(x, geometry, out, (1, 1, 1))
         lib.qmir_conv2d_acc(pointer(x), pointer(weight), shape, pointer(y))
     return y
 
@@ -79,6 +81,7 @@ def _conv2d(
     kept = [None if t is None else t.contiguous() for t in tensors]
     y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.float32)
     if y.numel():
-        shape = _shape(x, geometry, out, (x_step.numel(), w_step.numel()))
+        grids = (x_step.numel(), w_step.numel(), w_shift.numel())
+        shape = _shape(x, geometry, out, grids)
         lib.qmir_conv2d(*map(pointer, kept), shape, pointer(y))
     return y

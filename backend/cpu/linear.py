@@ -44,6 +44,7 @@ def _linear(
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
     rows, groups = math.prod(x.shape[:-1]), x_step.numel()
     if rows:
-        sizes = (bits, groups, rows // groups, x.shape[-1], out_features, w_step.numel())
+        steps, shifts = w_step.numel(), w_shift.numel()
+        sizes = (bits, groups, rows // groups, x.shape[-1], out_features, steps, shifts)
         lib.qmir_linear(*map(pointer, kept), *map(ctypes.c_int64, sizes), pointer(y))
     return y

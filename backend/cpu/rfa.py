@@ -25,9 +25,10 @@ def _round(
     w, step, shift, thresholds = dense(*tensors)
     check_weight(op, w, step, shift, thresholds, quant_min)
     rows = step.numel()
-    bad = bind(lib, "qmir_rfa_forward", "pppppiiiii", True)(
+    bad = bind(lib, "qmir_rfa_forward", "pppppiiiiii", True)(
         *(t.data_ptr() for t in (w, step, shift, thresholds, out)),
-        rows, w.numel() // rows, thresholds.shape[0], quant_min, out.dtype == torch.int8,
+        rows, w.numel() // rows, shift.numel(), thresholds.shape[0], quant_min,
+        out.dtype == torch.int8,
     )  # fmt: skip
     if bad:
         raise non_finite(op, "the weight")
@@ -72,8 +73,8 @@ def _rfa_fake_quant_backward(
     kept = dense(grad, w, step, shift, thresholds)
     gradients = tuple(torch.empty_like(t) for t in kept[1:])
     rows = step.numel()
-    bind(lib, "qmir_rfa_backward", "pppppppppiiii")(
+    bind(lib, "qmir_rfa_backward", "pppppppppiiiii")(
         *(t.data_ptr() for t in (*kept, *gradients)),
-        rows, w.numel() // rows, thresholds.shape[0], quant_min,
+        rows, w.numel() // rows, shift.numel(), thresholds.shape[0], quant_min,
     )  # fmt: skip
     return gradients[0], gradients[1], gradients[2], gradients[3]

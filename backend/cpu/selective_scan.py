@@ -45,25 +45,14 @@ def _selective_scan(lib: ctypes.CDLL, *args: Any) -> Tensor:
 @cpu_kernel("selective_scan_backward", selective_scan_backward_ref)
 def _selective_scan_backward(lib: ctypes.CDLL, *args: Any) -> tuple[Tensor, ...]:
     *tensors, softplus = args
-    _, u, delta, A, B, C, D, bias = tensors
+    _, u, _, A, B, *_ = tensors
     check_operands(*tensors[1:])
     if not _fits(*tensors) or A.shape[1] > _MAX_STATES or not u.numel():
         return selective_scan_backward_ref(*args)
     kept = [None if x is None else x.contiguous() for x in tensors]
-    sequences = [torch.empty(x.shape) for x in (u, delta)]
-    projections = [torch.empty(x.shape) for x in (B, C)]
-    dA = torch.empty(u.shape[0], *A.shape)
-    dD, dbias = (torch.empty(u.shape[:2]) for _ in range(2))
+    # Absent operands (D, delta_bias) get an empty gradient.
+    outputs = [u.new_empty(0) if x is None else torch.empty(x.shape) for x in tensors[1:]]
     lib.qmir_selective_scan_backward(
-        *map(pointer, kept),
-        ctypes.c_int(softplus),
-        *_sizes(u, A, B),
-        *map(pointer, (*sequences, dA, *projections, dD, dbias)),
+        *map(pointer, kept), ctypes.c_int(softplus), *_sizes(u, A, B), *map(pointer, outputs)
     )
-    return (
-        *sequences,
-        dA.sum(0),
-        *projections,
-        u.new_zeros(0) if D is None else dD.sum(0),
-        u.new_zeros(0) if bias is None else dbias.sum(0),
-    )
+    return tuple(outputs)

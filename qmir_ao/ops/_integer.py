@@ -86,6 +86,22 @@ def check_grid(op: str, name: str, step: Tensor, shift: Tensor, count: int) -> N
     )
 
 
+def check_weight_grid(op: str, step: Tensor, shift: Tensor, features: int) -> None:
+    """Refuse a weight's step or shift that is not float32 with one value or one per feature.
+
+    One shift may serve the steps of all features.
+    """
+    _check_per(op, "w_step", step, features)
+    _check_per(op, "w_shift", shift, features)
+    require(
+        shift.numel() == 1 or shift.numel() == step.numel(),
+        lambda: (
+            f"qmir::{op}: w_shift must have 1 value or as many as w_step, "
+            f"got {shift.numel()} and {step.numel()}"
+        ),
+    )
+
+
 def check_bias(op: str, bias: Tensor | None, count: int) -> None:
     """Refuse a bias that is not float32 of `count` values."""
     if bias is not None:

@@ -28,6 +28,7 @@ from qmir_ao.ops._integer import (
     check_grid,
     check_taps,
     check_weight,
+    check_weight_grid,
     epilogue,
     require,
 )
@@ -120,7 +121,7 @@ def check_conv2d(
     """Refuse operands that do not fit `qmir::conv2d`; return the output's height and width."""
     size = check_conv2d_acc("conv2d", x, weight, geometry)
     check_grid("conv2d", "x", x_step, x_shift, x.shape[0])
-    check_grid("conv2d", "w", w_step, w_shift, geometry.weight_size[0])
+    check_weight_grid("conv2d", w_step, w_shift, geometry.weight_size[0])
     check_bias("conv2d", bias, geometry.weight_size[0])
     return size
 
@@ -316,7 +317,7 @@ def conv2d(
         x_shift: beta, as x_step.
         weight: `pack(codes of shape weight_size, bits)`, uint8.
         w_step: float32, one per output channel (O,) or (1,).
-        w_shift: as w_step.
+        w_shift: float32, (1,) or as w_step.
         bias: float32 (O,), or None.
         bits: container of one weight code: 2, 4 or 8.
         weight_size: [O, C/groups, kh, kw].

@@ -14,6 +14,7 @@ Shape letters: G = groups (samples of dim 0, or 1 per tensor), N = elements of o
 The four learned scalars `w` (scale_weights) and `v` (shift_weights) have shape (4,).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -139,14 +140,16 @@ def check_scalars(op: str, scale_weights: torch.Tensor, shift_weights: torch.Ten
 
 
 def check_groups(op: str, x: torch.Tensor, step: torch.Tensor, shift: torch.Tensor) -> None:
-    """Refuse steps that are neither one per tensor nor one per sample."""
+    """Refuse steps that are neither one per tensor, nor per sample, nor per token."""
     groups = step.shape[0] if step.dim() == 1 else -1
     torch._check(
         # Samples first: with a symbolic batch that is known without a guard on its size.
-        step.shape == shift.shape and (step.shape == x.shape[:1] or groups == 1),
+        step.shape == shift.shape
+        and (step.shape == x.shape[:1] or groups == 1 or groups == math.prod(x.shape[:-1])),
         lambda: (
-            f"qmir::{op}: step and shift must have shape (1,) or (samples,), got "
-            f"{tuple(step.shape)} and {tuple(shift.shape)} for a tensor of {tuple(x.shape)}"
+            f"qmir::{op}: step and shift must have shape (1,), (samples,) or (tokens,), where the "
+            f"last dimension is that of a token; got {tuple(step.shape)} and "
+            f"{tuple(shift.shape)} for a tensor of {tuple(x.shape)}"
         ),
     )
 

@@ -15,6 +15,8 @@ Shape letters: B = samples, K = input features, O = output features, G = B or 1 
 Inference only: there is no backward.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from qmir_ao.ops._integer import (
     check_grid,
     check_taps,
     check_weight,
+    check_weight_grid,
     epilogue,
     require,
 )
@@ -59,8 +62,11 @@ def check_linear(
 ) -> None:
     """Refuse operands that do not fit `qmir::linear`."""
     check_linear_acc("linear", x, weight, bits, out_features)
-    check_grid("linear", "x", x_step, x_shift, x.shape[0] if x.dim() > 1 else 1)
-    check_grid("linear", "w", w_step, w_shift, out_features)
+    rows = math.prod(x.shape[:-1])
+    per_row = x_step.numel() == rows and x.dim() > 1
+    samples = x.shape[0] if x.dim() > 1 else 1
+    check_grid("linear", "x", x_step, x_shift, rows if per_row else samples)
+    check_weight_grid("linear", w_step, w_shift, out_features)
     check_bias("linear", bias, out_features)
 
 
@@ -91,6 +97,8 @@ def linear_ref(
     check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features)
     acc, codes = _accumulate(x, weight, bits, out_features)
     per_sample = (-1, *[1] * (x.dim() - 1))
+    if x_step.numel() not in (1, x.shape[0]):
+        per_sample = (*x.shape[:-1], 1)
     return epilogue(
         acc,
         x.sum(-1, keepdim=True, dtype=torch.int32),
@@ -165,11 +173,11 @@ def linear(
 
     Args:
         x: int8 codes (B, ..., K).
-        x_step: alpha, float32, one per sample (B,) or (1,).
+        x_step: alpha, float32, one per row (numel(x) / K,), one per sample (B,) or (1,).
         x_shift: beta, as x_step.
         weight: `pack(codes of shape (O, K), bits)`, uint8.
         w_step: float32, one per output feature (O,) or (1,).
-        w_shift: as w_step.
+        w_shift: float32, (1,) or as w_step.
         bias: float32 (O,), or None.
         bits: container of one weight code: 2, 4 or 8.
         out_features: O.

@@ -11,7 +11,7 @@ Source: Q-MambaIR (arXiv 2503.21970), equations 7 and 8 and algorithm 1, with th
 clip of the published code.
 
 Shape letters: G = groups (1 per tensor, or one per output channel), N = weights of one group,
-T = 2**bits thresholds. w is viewed as (G, N).
+T = 2**bits thresholds. w is viewed as (G, N). The shift has one element for all groups, or G.
 """
 
 from typing import NamedTuple
@@ -57,10 +57,11 @@ def check_weight(
     check_range(op, quant_min, quant_max_of(thresholds, quant_min))
     groups = step.numel()
     torch._check(
-        shift.numel() == groups and groups > 0 and w.numel() % groups == 0,
+        shift.numel() in (1, groups) and groups > 0 and w.numel() % groups == 0,
         lambda: (
-            f"qmir::{op}: step and shift must have 1 element or one per output channel, got "
-            f"{step.numel()} and {shift.numel()} for a weight of shape {tuple(w.shape)}"
+            f"qmir::{op}: step must have 1 element or one per output channel, and shift 1 or as "
+            f"many as step; got {step.numel()} and {shift.numel()} for a weight of shape "
+            f"{tuple(w.shape)}"
         ),
     )
 
@@ -123,10 +124,17 @@ def _dequantize_fake(
 ) -> torch.Tensor:
     count = torch.Size(size).numel()
     torch._check(
-        packed.numel() == packed_bytes(count, bits) and count % step.numel() == 0,
+        packed.numel() == packed_bytes(count, bits) and count % max(step.numel(), 1) == 0,
         lambda: (
             f"qmir::rfa_dequantize: {list(size)} weights of {bits} bits take "
             f"{packed_bytes(count, bits)} bytes, got {packed.numel()} (and {step.numel()} steps)"
+        ),
+    )
+    torch._check(
+        step.numel() > 0 and shift.numel() in (1, step.numel()),
+        lambda: (
+            f"qmir::rfa_dequantize: shift must have 1 element or as many as step, got "
+            f"{shift.numel()} and {step.numel()}"
         ),
     )
     return step.new_empty(size)
@@ -156,7 +164,7 @@ def rfa_quantize(
     Args:
         w: weight; with G steps it is viewed as G rows.
         step: one element, or one per output channel, positive.
-        shift: like `step`.
+        shift: one element, or as many as `step`.
         thresholds: 2**bits ascending values, in units of codes.
         quant_min: smallest code.
 
@@ -183,7 +191,7 @@ def rfa_dequantize(
     Args:
         packed: codes packed by `pack`, flat.
         step: one element, or one per output channel.
-        shift: like `step`.
+        shift: one element, or as many as `step`.
         size: shape of the weight.
         bits: container width, 2, 4 or 8.
 

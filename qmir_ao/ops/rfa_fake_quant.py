@@ -9,7 +9,7 @@ Source: Q-MambaIR (arXiv 2503.21970), equations 7 and 8 and algorithm 1, with th
 published code.
 
 Shape letters: G = groups (1 per tensor, or one per output channel), N = weights of one group,
-T = 2**bits thresholds. w is viewed as (G, N).
+T = 2**bits thresholds. w is viewed as (G, N). The shift has one element for all groups, or G.
 """
 
 from typing import Any
@@ -66,6 +66,8 @@ def rfa_fake_quant_backward_ref(
     scale = gradient_scale(ratio.shape[1], quant_max)
     dstep = scale * (upstream * error).double().sum(1)
     dshift = dw.double().sum(1) - upstream.double().sum(1)
+    if shift.numel() == 1:
+        dshift = dshift.sum()
 
     weighted = column(step) * upstream
     bins = segment.reshape(-1)
@@ -153,7 +155,7 @@ def rfa_fake_quant(
     Args:
         w: weight; with G steps it is viewed as G rows.
         step: one element, or one per output channel, positive.
-        shift: like `step`.
+        shift: one element, or as many as `step`.
         thresholds: 2**bits ascending values, in units of codes.
         quant_min: smallest code; the largest is quant_min + len(thresholds) - 1.
 
@@ -161,7 +163,7 @@ def rfa_fake_quant(
         Values on the grid step * code - shift, contiguous; differentiable in all four tensors.
 
     Shape:
-        w (O, ...), step (1,) or (O,) -> (O, ...).
+        w (O, ...), step (1,) or (O,), shift (1,) or that of step -> (O, ...).
 
     Raises:
         RuntimeError: thresholds that do not belong to 2..8 bits, or steps that do not divide w.

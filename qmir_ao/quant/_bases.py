@@ -4,6 +4,7 @@ torchao's converter recognises only its own base, torch.ao's passes only theirs.
 """
 
 import logging
+import random
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def _torchao_base() -> Any:
 _TorchaoBase = _torchao_base()
 
 
+CALIBRATION_ROWS = 64
+"""Most samples that a quantizer keeps during calibration."""
+CALIBRATION_VALUES = 8192
+"""Most values of one sample that it keeps."""
+
+
 class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-type]
     """What the quantizers of this package share: switches, initialisation state, loading.
 
@@ -37,6 +44,12 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
     """
 
     initialized: torch.Tensor
+    dynamic = False
+    """Whether step and shift depend on each input."""
+    quantizes_weights = False
+    """Whether the input is a parameter, to be given to `materialize` before training."""
+    learning_rate_factor = 1.0
+    """Learning rate of the quantizer's parameters in units of the network's."""
     dtype = torch.int8
     qscheme: torch.qscheme = torch.per_tensor_affine
     ch_axis = -1
@@ -59,6 +72,9 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
         self._ready = False
         self._quantizing = True
         self._observing = True
+        self._calibrating = False
+        self._rows: list[torch.Tensor] = []
+        self._seen = 0
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Quantize (True) or pass values through unchanged (False)."""
@@ -69,6 +85,59 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
         """Let the first training batch initialise the quantizer (True), or not (False)."""
         self.observer_enabled[0] = int(enabled)
         self._observing = bool(enabled)
+
+    def begin_calibration(self) -> None:
+        """Pass values through and keep samples of them until `finish_calibration`."""
+        self._calibrating, self._rows, self._seen = True, [], 0
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor) -> torch.Tensor:
+        """Keep a sample of `x` (of each sample of the batch where the step is dynamic)."""
+        if x.numel() == 0:
+            return x
+        rows = x.detach().float().reshape(self.sample_count(x), -1)
+        stride = -(-rows.shape[1] // CALIBRATION_VALUES)
+        kept = rows[:, ::stride]
+        if not self.dynamic:
+            kept = torch.cat([kept, *(v.reshape(1, 1) for v in rows.aminmax())], dim=1)
+        for row in kept.clone():
+            self._seen += 1
+            if len(self._rows) < CALIBRATION_ROWS:
+                self._rows.append(row)
+            # Reservoir sampling: every row seen so far is equally likely to be kept.
+            elif (place := random.Random(self._seen).randrange(self._seen)) < CALIBRATION_ROWS:
+                self._rows[place] = row
+        return x
+
+    def sample_count(self, x: torch.Tensor) -> int:
+        """Number of parts of `x` that have a step of their own: 1 where the step is static."""
+        return 1
+
+    def finish_calibration(self) -> bool:
+        """Initialise from the samples; False where none came."""
+        rows, self._rows, self._calibrating = self._rows, [], False
+        if not rows:
+            return False
+        if self.dynamic:
+            count = min(row.numel() for row in rows)
+            self.initialize(torch.stack([row[:count] for row in rows]))
+        else:
+            self.initialize(torch.cat(rows))
+        return True
+
+    def materialize(self, weight: torch.Tensor, channels: int | None = None) -> None:
+        """Size and initialise from a weight; only weight quantizers have something to do."""
+
+    def initialize(self, x: torch.Tensor) -> None:
+        """Set the parameters from values; weight quantizers have `materialize` instead."""
+
+    def for_constant(self) -> "QmirFakeQuantize":
+        """The quantizer to use instead where the input is a parameter (A, D, delta bias)."""
+        return self
+
+    def attach(self, kinds: set[str]) -> None:
+        """Told by the preparation which kinds of operators read the quantized tensor."""
 
     def mark_initialized(self) -> None:
         """Record that the parameters hold an initialisation or a checkpoint."""

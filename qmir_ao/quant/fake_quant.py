@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qmir_ao.errors import QmirError
+from qmir_ao.errors import ConfigError, QmirError
 from qmir_ao.ops._affine import check_finite
 from qmir_ao.ops.dls_fake_quant import dls_fake_quant
 from qmir_ao.quant._bases import QmirFakeQuantize, parameter
@@ -20,13 +20,14 @@ from qmir_ao.quant.init import (
     named_preset,
     searched_scalars,
 )
-from qmir_ao.quant.patterns import is_constant
+from qmir_ao.quant.patterns import LINEAR, is_constant
 from qmir_ao.quant.spec import check_bits, choose, code_range
 
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
         "init": "mse",
         "per_tensor": False,
+        "per_token": True,
         "cap": False,
         "clamp_output": False,
         "signed": "always",
@@ -34,6 +35,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     "paper": {
         "init": "mu3s",
         "per_tensor": False,
+        "per_token": False,
         "cap": False,
         "clamp_output": False,
         "signed": "always",
@@ -41,6 +43,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     "official": {
         "init": "mu3s",
         "per_tensor": True,
+        "per_token": False,
         "cap": True,
         "clamp_output": True,
         "signed": "auto",
@@ -62,6 +65,8 @@ class DLSFakeQuantize(QmirFakeQuantize):
         init: "mse" (search on the first training batch), "closed_form" (no data), or one of the
             paper's mu3s, mu4s, minmax, mu_halfrange, mid3s.
         per_tensor: statistics over the whole batch instead of per sample.
+        per_token: statistics of each token (row of the last dimension) on its own, where nothing
+            but linear layers reads the tensor: each of their sums then has one step for its inputs.
         cap: limit the step to (max - min) / 2**bits. At 2 bits this stops the scale from learning.
         clamp_output: clip to the input's own range; the result then leaves the integer grid.
         signed: "always", or "auto" (decided by the first training batch, unsigned until then).
@@ -75,6 +80,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
     """
 
     signed_range: Tensor
+    dynamic = True
 
     def __init__(
         self,
@@ -83,6 +89,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
         preset: str | None = None,
         init: str | None = None,
         per_tensor: bool | None = None,
+        per_token: bool | None = None,
         cap: bool | None = None,
         clamp_output: bool | None = None,
         signed: str | None = None,
@@ -92,6 +99,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
         given = {
             "init": init,
             "per_tensor": per_tensor,
+            "per_token": per_token,
             "cap": cap,
             "clamp_output": clamp_output,
             "signed": signed,
@@ -104,6 +112,10 @@ class DLSFakeQuantize(QmirFakeQuantize):
         self.init = choose("init", settings["init"], DLS_INITS)
         self.signed = settings["signed"]
         self.per_tensor, self.cap = settings["per_tensor"], settings["cap"]
+        if self.per_tensor and per_token:
+            raise ConfigError("DLSFakeQuantize: per_tensor and per_token exclude each other")
+        self.per_token = settings["per_token"] and not self.per_tensor
+        self.tokens = False
         self.clamp_output = settings["clamp_output"]
         self.register_buffer("signed_range", torch.tensor([int(is_signed)], dtype=torch.uint8))
         start = self._start()
@@ -122,6 +134,23 @@ class DLSFakeQuantize(QmirFakeQuantize):
         """
         self.constant = self.per_tensor = self.clamp_output = True
 
+    def for_constant(self) -> "DLSFakeQuantize":
+        """This quantizer, switched by `make_constant`."""
+        self.make_constant()
+        return self
+
+    def sample_count(self, x: Tensor) -> int:
+        """Number of samples with statistics of their own."""
+        return 1 if self.per_tensor or x.dim() == 0 else x.shape[0]
+
+    def attach(self, kinds: set[str]) -> None:
+        """Take statistics of each token where nothing but linear layers reads the tensor."""
+        self.tokens = self.per_token and kinds == {LINEAR.kind}
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """`x` as the operators take it: dim 0 counts what has statistics of its own."""
+        return x.flatten(0, -2) if self.tokens and x.dim() > 2 else x
+
     def _start(self) -> Scalars:
         if self.init in NAMED_PRESETS:
             return named_preset(self.init, self.bits)
@@ -133,12 +162,16 @@ class DLSFakeQuantize(QmirFakeQuantize):
         Raises:
             NonFiniteError: `x` holds NaN or infinity.
         """
+        if self._calibrating:
+            self.observe(self._grouped(x))
+            return x
         if not self._ready and self.training and self._observing:
-            self.initialize(x)
+            self.initialize(self._grouped(x))
         if not self._quantizing:
             return x
-        return dls_fake_quant(
-            x,
+        rows = self._grouped(x)
+        y = dls_fake_quant(
+            rows,
             self.scale_weights,
             self.shift_weights,
             self.quant_min,
@@ -147,6 +180,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
             self.cap,
             self.clamp_output,
         )
+        return y.reshape(x.shape)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -201,22 +235,20 @@ class DLSFakeQuantize(QmirFakeQuantize):
                 scale_weights=self.scale_weights,
                 shift_weights=self.shift_weights,
             )
-            arguments = (
-                source,
-                *scalars,
-                self.quant_min,
-                self.quant_max,
-                self.per_tensor,
-                self.cap,
-            )
+            settings = (self.quant_min, self.quant_max, self.per_tensor, self.cap)
             off_grid = self.constant or self.clamp_output or is_constant(source)
             if off_grid or self.quant_max > 127:
                 new = graph.call_function(
-                    qmir.dls_fake_quant.default, (*arguments, self.clamp_output)
+                    qmir.dls_fake_quant.default,
+                    (source, *scalars, *settings, self.clamp_output),
                 )
                 new.meta["qmir_source"] = node.name
                 return put_in_place(model, node, new)
-            predicted = graph.call_function(qmir.dls_qparams.default, arguments)
+            rows = source
+            if self.tokens:
+                rows = graph.call_function(torch.ops.aten.flatten.using_ints, (source, 0, -2))
+                rows.meta["qmir_source"] = node.name
+            predicted = graph.call_function(qmir.dls_qparams.default, (rows, *scalars, *settings))
             step = graph.call_function(operator.getitem, (predicted, 0))
             shift = graph.call_function(operator.getitem, (predicted, 1))
             quantize_dequantize(model, node, (step, shift), self.quant_min, self.quant_max)
@@ -226,6 +258,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
         """Settings, for printing a model."""
         return (
             f"bits={self.bits}, preset={self.preset!r}, init={self.init!r}, "
-            f"per_tensor={self.per_tensor}, cap={self.cap}, clamp_output={self.clamp_output}, "
+            f"per_tensor={self.per_tensor}, per_token={self.per_token}, cap={self.cap}, "
+            f"clamp_output={self.clamp_output}, "
             f"signed={self.signed!r}, constant={self.constant}"
         )

@@ -24,8 +24,11 @@ GAUSSIAN_STEP = {2: 1.0, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 
 
 NAMED_PRESETS = ("mu3s", "mu4s", "minmax", "mu_halfrange", "mid3s")
 DLS_INITS = ("mse", "closed_form", *NAMED_PRESETS)
-STATIC_INITS = ("lsq", "mse")
+STATIC_INITS = ("lsq", "mse", "minmax", "percentile")
 RFA_INITS = ("mse", "lsq")
+
+PERCENTILE = 0.999
+"""Share of the values inside the grid of the `percentile` start, half of the rest on each side."""
 
 
 class Scalars(NamedTuple):
@@ -150,6 +153,43 @@ def lsq_step(values: Tensor, quant_max: int) -> Tensor:
     """LSQ's step 2 * mean|x| / sqrt(quant_max) of a whole tensor, shape (1,)."""
     step = 2.0 * values.detach().abs().mean().float() / max(quant_max, 1) ** 0.5
     return torch.where(step > 0, step, torch.full_like(step, _ZERO_WEIGHT_STEP)).reshape(1)
+
+
+def static_grid(
+    values: Tensor, init: str, bits: int, quant_min: int, quant_max: int, *, shifted: bool
+) -> tuple[float, float | None]:
+    """Step and shift of a static quantizer from a first batch.
+
+    Args:
+        values: float32, not empty.
+        init: one of STATIC_INITS.
+        bits: code width.
+        quant_min: smallest code.
+        quant_max: largest code.
+        shifted: whether the grid may be shifted; without it zero is a level.
+
+    Returns:
+        The step, and the shift or None where it stays as it is.
+    """
+    flat = values.reshape(-1)
+    low, high = (float(v) for v in flat.aminmax())
+    if init == "lsq" or not high > low:
+        return float(lsq_step(values, quant_max)), None
+    if init == "percentile":
+        tail = (1.0 - PERCENTILE) / 2
+        sample = flat[:: -(-flat.numel() // SAMPLE)].double()
+        ends = torch.quantile(sample, torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
+        low, high = (float(v) for v in ends) if bool(ends[1] > ends[0]) else (low, high)
+    if shifted and init == "mse":
+        return search_grid(flat, torch.ones_like(flat), bits, quant_min)
+    if shifted:
+        step = (high - low) / (quant_max - quant_min)
+        return step, step * quant_min - low
+    if init == "mse":
+        sample = flat[:: -(-flat.numel() // SAMPLE)].reshape(1, -1)
+        return float(weight_steps(sample, quant_min, quant_max)), None
+    peak = max(high / quant_max, low / quant_min if quant_min < 0 else 0.0)
+    return (peak, None) if peak > 0 else (float(lsq_step(values, quant_max)), None)
 
 
 def weight_steps(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:

@@ -11,12 +11,18 @@ from torch.ao.quantization import QConfig, QConfigMapping
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.errors import CaptureError
+from qmir_ao.quant._bases import QmirFakeQuantize
 from qmir_ao.quant.backend_config import qmir_backend_config
 from qmir_ao.quant.constants import constant_value
-from qmir_ao.quant.fake_quant import DLSFakeQuantize
-from qmir_ao.quant.patterns import Pattern, is_constant, match, module_of, module_path, operand
+from qmir_ao.quant.patterns import (
+    Pattern,
+    is_constant,
+    match,
+    module_of,
+    module_path,
+    operand,
+)
 from qmir_ao.quant.placement import (
     as_mapping,
     check_placement,
@@ -26,7 +32,6 @@ from qmir_ao.quant.placement import (
 )
 from qmir_ao.quant.qconfig import official_mapping
 from qmir_ao.quant.quantizer import FLOAT_REASON, QmirQuantizer, nothing_to_quantize
-from qmir_ao.quant.rfa import RFAFakeQuantize
 
 aten = torch.ops.aten
 _TRAINING_ARGUMENT = {
@@ -197,19 +202,27 @@ def _requantize(
 
 
 def materialize(prepared: GraphModule) -> None:
-    """Size the weight quantizers from their weights; make parameter operands constant ones."""
+    """Size the weight quantizers from their weights; tell the others what they quantize."""
     for owner in prepared.modules():
-        weight_quantizer = getattr(owner, "weight_fake_quant", None)
-        if isinstance(weight_quantizer, RFAFakeQuantize):
+        weight_quantizer: Any = getattr(owner, "weight_fake_quant", None)
+        if isinstance(weight_quantizer, QmirFakeQuantize):
             weight: Any = owner.weight
             weight_quantizer.materialize(weight, weight.shape[0])
     for node in prepared.graph.nodes:
-        module = module_of(prepared, node)
-        if isinstance(module, RFAFakeQuantize):
-            weight = constant_value(prepared, node.all_input_nodes[0])
+        module: Any = module_of(prepared, node)
+        if not isinstance(module, QmirFakeQuantize):
+            continue
+        source = node.all_input_nodes[0]
+        if module.quantizes_weights:
+            weight = constant_value(prepared, source)
             module.materialize(weight, weight.shape[0])
-        elif isinstance(module, DLSFakeQuantize) and is_constant(node.all_input_nodes[0]):
-            module.make_constant()
+        elif is_constant(source):
+            own = module.for_constant()
+            if own is not module:
+                own.train(module.training)
+                prepared.set_submodule(str(node.target), own)
+        else:
+            module.attach({p.kind for user in node.users if (p := match(prepared, user))})
 
 
 @contextlib.contextmanager

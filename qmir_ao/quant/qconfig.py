@@ -8,11 +8,34 @@ from qmir_ao.errors import ConfigError
 from qmir_ao.quant.fake_quant import DLSFakeQuantize
 from qmir_ao.quant.patterns import SCAN
 from qmir_ao.quant.rfa import RFAFakeQuantize
+from qmir_ao.quant.rivals import activations, weights
+from qmir_ao.quant.rivals.n2uq import N2UQFakeQuantize
 from qmir_ao.quant.spec import check_bits
 from qmir_ao.quant.static import StaticFakeQuantize
 
-ACTIVATIONS: dict[str, type[Any]] = {"dls": DLSFakeQuantize, "static": StaticFakeQuantize}
-WEIGHTS: dict[str, type[Any]] = {"rfa": RFAFakeQuantize}
+ACTIVATIONS: dict[str, type[Any]] = {
+    "dls": DLSFakeQuantize,
+    "static": StaticFakeQuantize,
+    "lsq": activations.LSQFakeQuantize,
+    "lsq+": activations.LSQPlusFakeQuantize,
+    "pact": activations.PACTFakeQuantize,
+    "pams": activations.PAMSFakeQuantize,
+    "quantsr": activations.QuantSRFakeQuantize,
+    "n2uq": N2UQFakeQuantize,
+    "soft": activations.SoftSTEFakeQuantize,
+    "ste": activations.STEFakeQuantize,
+}
+WEIGHTS: dict[str, type[Any]] = {
+    "rfa": RFAFakeQuantize,
+    "lsq": weights.LSQWeightFakeQuantize,
+    "lsq+": weights.LSQPlusWeightFakeQuantize,
+    "pact": weights.PACTWeightFakeQuantize,
+    "pams": weights.PAMSWeightFakeQuantize,
+    "quantsr": weights.QuantSRWeightFakeQuantize,
+    "n2uq": weights.N2UQWeightFakeQuantize,
+    "soft": weights.SoftSTEWeightFakeQuantize,
+    "ste": weights.STEWeightFakeQuantize,
+}
 PRESETS = (None, "paper", "official")
 
 
@@ -30,19 +53,28 @@ def get_qmir_qconfig(
     weight: str = "rfa",
     preset: str | None = None,
     init: str | None = None,
+    weight_init: str | None = None,
     granularity: str | None = None,
+    constants: str | None = None,
 ) -> QConfig:
     """Build a `torch.ao.quantization.QConfig` from names.
 
     Args:
         weight_bits: 2 to 8.
         act_bits: 2 to 8.
-        activation: "dls" (dynamic, per sample) or "static" (learned scale and shift).
-        weight: "rfa".
+        activation: "dls" (dynamic, per sample), "static" (learned step and shift, as in the
+            published code), or a rival: "lsq", "lsq+", "pact", "pams", "quantsr", "n2uq", "soft",
+            "ste".
+        weight: "rfa", or a rival of the same names. Each half is free to combine.
         preset: "official" for bit parity with the published code, "paper" for the paper's plain
             form, None for the defaults that won in this project's own evidence.
-        init: initialisation of DLS; None leaves it to the preset.
+        init: initialisation of the activations: a DLS preset, or for static quantizers "lsq",
+            "mse", "minmax" or "percentile"; None leaves it to the method.
+        weight_init: "mse", "lsq" and for rivals "minmax" or "sigma"; None leaves it to the method.
         granularity: "per_channel" or "per_tensor" weights; None leaves it to the preset.
+        constants: for static activations: "searched" puts a scan's A, D and delta bias on a
+            searched grid (the default of the rivals), "own" leaves them to the method, which may
+            round A to zero.
 
     Raises:
         ConfigError: unknown bits or names, with the allowed ones.
@@ -53,15 +85,21 @@ def get_qmir_qconfig(
         raise ConfigError(f"preset={preset!r} is unknown; allowed: None, 'paper', 'official'")
     act_kwargs: dict[str, Any] = {"bits": check_bits(act_bits)}
     weight_kwargs: dict[str, Any] = {"bits": check_bits(weight_bits)}
-    if preset is not None and activation == "dls":
-        act_kwargs["preset"] = preset
-    if preset is not None:
-        weight_kwargs["preset"] = preset
-    if init is not None:
-        act_kwargs["init"] = init
-    if granularity is not None:
-        weight_kwargs["granularity"] = granularity
     act, wgt = _choose("activation", activation, ACTIVATIONS), _choose("weight", weight, WEIGHTS)
+    if constants is not None and activation == "dls":
+        raise ConfigError(
+            "constants=... is for static activations; DLS always folds A, D and delta bias offline"
+        )
+    for kwargs, name, value in (
+        (act_kwargs, "preset", preset),
+        (act_kwargs, "init", init),
+        (act_kwargs, "constants", constants),
+        (weight_kwargs, "preset", preset),
+        (weight_kwargs, "init", weight_init),
+        (weight_kwargs, "granularity", granularity),
+    ):
+        if value is not None:
+            kwargs[name] = value
     qconfig = QConfig(activation=act.with_args(**act_kwargs), weight=wgt.with_args(**weight_kwargs))
     # Constructed once here, so that a bad combination fails at this call and not deep in prepare.
     qconfig.activation()

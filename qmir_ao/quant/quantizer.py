@@ -15,7 +15,6 @@ from torchao.quantization.pt2e.quantizer import (
 
 import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.errors import UnsupportedGraph
-from qmir_ao.quant.fake_quant import DLSFakeQuantize
 from qmir_ao.quant.patterns import Pattern, is_constant, match, operand
 from qmir_ao.quant.placement import (
     as_mapping,
@@ -53,7 +52,7 @@ def _spec(make: Callable[..., nn.Module], **kwargs: Any) -> QuantizationSpec:
         quant_min=probe.quant_min,
         quant_max=probe.quant_max,
         qscheme=torch.per_tensor_affine,
-        ch_axis=0 if isinstance(probe, DLSFakeQuantize) else None,
+        ch_axis=0 if probe.dynamic else None,
     )
 
 
@@ -61,8 +60,7 @@ def annotate_node(node: Node, pattern: Pattern, qconfig: QConfig) -> None:
     """Attach the quantization annotation of one operator to its node."""
     inputs: dict[Node, QuantizationSpec] = {}
     activation = _spec(qconfig.activation)
-    dynamic = isinstance(qconfig.activation(), DLSFakeQuantize)
-    constant = _spec(qconfig.activation, constant=True) if dynamic else activation
+    constant = _spec(lambda: qconfig.activation().for_constant())
     for position in pattern.activations:
         source = operand(node, position)
         if source is not None:

@@ -38,7 +38,8 @@ class RFAFakeQuantize(QmirFakeQuantize):
         bits: 2 to 8.
         preset: None for the defaults that won in this project's evidence, "paper" for one step per
             tensor with LSQ's start, "official" for the same without the guards on order and sign.
-        granularity: "per_channel" (dim 0 of the weight) or "per_tensor"; overrides the preset.
+        granularity: "per_channel" (dim 0 of the weight) or "per_tensor", of the steps; the shift is
+            one per tensor always. Overrides the preset.
         init: "mse" (search) or "lsq"; overrides the preset.
         factory_kwargs: device, passed by torch.ao.
 
@@ -49,6 +50,7 @@ class RFAFakeQuantize(QmirFakeQuantize):
     """
 
     ch_axis = 0
+    quantizes_weights = True
 
     def __init__(
         self,
@@ -100,11 +102,14 @@ class RFAFakeQuantize(QmirFakeQuantize):
         else:
             step = lsq_step(rows, self.quant_max).expand(groups)
         self.step.data = step.to(self.step).clone()
-        self.shift.data = torch.zeros_like(self.step.data)
+        self.shift.data = torch.zeros_like(self.step.data[:1])
         self.mark_initialized()
 
     def may_resize(self, name: str, saved: Tensor) -> bool:
-        """Step and shift take the number of channels that a checkpoint brings."""
+        """Step takes the number of channels that a checkpoint brings.
+
+        So does shift, of which older checkpoints hold one for each channel.
+        """
         one_per_channel = self.granularity == "per_channel" and saved.dim() == 1
         return name in ("step", "shift") and one_per_channel
 

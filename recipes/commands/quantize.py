@@ -1,16 +1,22 @@
 """`qmir quantize`: quantization-aware training from float weights, then the integer network."""
 
+import dataclasses
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.commands import options
 from qmir_ao.recipes.console import emit_facts, emit_json, progress, status
+from qmir_ao.recipes.distributed import is_main, wait
+
+if TYPE_CHECKING:
+    from qmir_ao.recipes.loading import LoadedModel
+    from qmir_ao.recipes.qat import QATResult
 
 QAT_WEIGHTS = "qat.safetensors"
 
@@ -31,6 +37,15 @@ def quantize(
     patch: options.Patch = 32,
     learning_rate: options.LearningRate = 8e-4,
     seed: options.Seed = 0,
+    precision: options.Precision = "32-true",
+    ema: options.Ema = 0.0,
+    distill: Annotated[
+        float, typer.Option(help="Weight of the L1 distance to the float model's output.")
+    ] = 0.0,
+    save_every: options.SaveEvery = 500,
+    resume: options.Resume = False,
+    log_dir: options.LogDir = None,
+    skip_bad_images: options.SkipBadImages = False,
     arch: options.Arch = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -38,7 +53,6 @@ def quantize(
     _check_output(output)
     with status("loading the model"):
         import qmir_ao
-        from qmir_ao.recipes.checkpoint import save_weights
         from qmir_ao.recipes.data import PatchDataset
         from qmir_ao.recipes.loading import load_model
         from qmir_ao.recipes.qat import qat_options, train_quantized
@@ -46,17 +60,21 @@ def quantize(
         settings = qat_options(
             iterations, learning_rate=learning_rate, batch=batch, patch=patch, seed=seed
         )
+        settings = dataclasses.replace(
+            settings,
+            save_every=save_every,
+            precision=precision,
+            ema=ema,
+            distill=distill,
+            log_dir=log_dir,
+        )
         widths = {
             "weight_bits": bits if weight_bits is None else weight_bits,
             "act_bits": bits if act_bits is None else act_bits,
         }
         qconfig = qmir_ao.get_qmir_qconfig(widths["weight_bits"], widths["act_bits"])
         loaded = load_model(model, arch)
-    if loaded.source == "lowered" or loaded.scale < 2:
-        raise ConfigError(
-            f"quantize: {loaded.name} is {'lowered already' if loaded.scale > 1 else 'no enlarger'}"
-            "; give a float super-resolution network"
-        )
+    _check_model(loaded)
     with progress("reading images") as report:
         dataset = PatchDataset(
             folders,
@@ -64,14 +82,39 @@ def quantize(
             patch=patch,
             length=batch * iterations,
             seed=seed,
+            skip_bad_images=skip_bad_images,
             progress=report,
         )
     label = f"training {loaded.name} at W{widths['weight_bits']}A{widths['act_bits']}"
+    checkpoints = options.checkpoint_folder(output, save_every)
     with progress(label) as report:
-        result = train_quantized(loaded.model, dataset, settings, qconfig, progress=report)
-    facts: dict[str, Any] = {
-        "model": loaded.name,
-        **widths,
+        result = train_quantized(
+            loaded.model,
+            dataset,
+            settings,
+            qconfig,
+            progress=report,
+            checkpoint_dir=checkpoints,
+            resume=resume,
+        )
+    if is_main():
+        _finish(result, {"model": loaded.name, **widths}, output, checkpoints, as_json)
+    wait()
+
+
+def _finish(
+    result: "QATResult",
+    facts: dict[str, Any],
+    output: Path,
+    checkpoints: Path | None,
+    as_json: bool,
+) -> None:
+    """Lower the trained network, write the output folder in one go, and say what was made."""
+    import qmir_ao
+    from qmir_ao.recipes.checkpoint import save_weights
+    from qmir_ao.recipes.resume import discard_checkpoints
+
+    facts |= {
         "iterations": result.training.iterations,
         "minutes": round(result.training.minutes, 2),
         "loss": result.training.loss,
@@ -85,6 +128,8 @@ def quantize(
             os.replace(scratch / "lowered", output)
         finally:
             shutil.rmtree(scratch)
+    if checkpoints is not None:
+        discard_checkpoints(checkpoints)
     _show({**facts, "folder": str(output), "lowering": lowered.report.to_dict()}, as_json)
 
 
@@ -93,6 +138,14 @@ def _check_output(output: Path) -> None:
         raise ConfigError(f"quantize: {output} exists; name a new folder or remove it")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"quantize: {output.absolute().parent} is not a folder; make it first")
+
+
+def _check_model(loaded: "LoadedModel") -> None:
+    if loaded.source == "lowered" or loaded.scale < 2:
+        raise ConfigError(
+            f"quantize: {loaded.name} is {'lowered already' if loaded.scale > 1 else 'no enlarger'}"
+            "; give a float super-resolution network"
+        )
 
 
 def _show(document: dict[str, Any], as_json: bool) -> None:

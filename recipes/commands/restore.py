@@ -8,6 +8,7 @@ import typer
 
 from qmir_ao.recipes.commands import options
 from qmir_ao.recipes.console import emit_facts, emit_json, progress, status
+from qmir_ao.recipes.distributed import is_main
 
 BAD_INPUT = 2
 
@@ -47,7 +48,7 @@ def restore(
         emit_json({"written": [str(path) for path in result.written], "failed": failed})
     else:
         emit_facts({"written": len(result.written), "failed": len(result.failed)})
-    for reason in result.failed.values():
+    for reason in result.failed.values() if is_main() else ():
         sys.stderr.write(f"error: {reason}\n")
     if result.failed:
         raise typer.Exit(BAD_INPUT)

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,11 @@ def train(
     patch: options.Patch = 32,
     learning_rate: options.LearningRate = 1e-3,
     seed: options.Seed = 0,
+    precision: options.Precision = "32-true",
+    ema: options.Ema = 0.0,
+    save_every: options.SaveEvery = 1000,
+    resume: options.Resume = False,
+    log_dir: options.LogDir = None,
     start: Annotated[
         Path | None, typer.Option(help="Weights to start from instead of fresh ones.")
     ] = None,
@@ -31,14 +35,23 @@ def train(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train a float model of the zoo on folders of images."""
+    """Train a float model of the zoo on folders of images; under torchrun on several machines."""
     with progress("loading torch"):
         from qmir_ao.recipes.train import TrainOptions
         from qmir_ao.recipes.train import train as run
 
     settings = TrainOptions(
-        iterations=iterations, batch=batch, patch=patch, learning_rate=learning_rate, seed=seed
+        iterations=iterations,
+        batch=batch,
+        patch=patch,
+        learning_rate=learning_rate,
+        seed=seed,
+        save_every=save_every,
+        precision=precision,
+        ema=ema,
+        log_dir=log_dir,
     )
+    # One bar for both: it starts over when the images are read.
     with progress(f"training {name}") as report:
         result = run(
             name,
@@ -47,7 +60,10 @@ def train(
             settings,
             start=start,
             eval_folder=evaluate,
+            checkpoint_dir=options.checkpoint_folder(output, save_every),
+            resume=resume,
             command=shlex.join(["qmir", *sys.argv[1:]]),
+            loading=report,
             progress=lambda done, total, loss: report(done, total),
         )
     facts = {
@@ -59,9 +75,9 @@ def train(
     }
     if as_json:
         scores = None if result.evaluation is None else result.evaluation.to_dict()
-        emit_json({**facts, "options": asdict(settings), "evaluation": scores})
+        emit_json({**facts, "options": settings.to_dict(), "evaluation": scores})
         return
     if result.evaluation is not None:
         facts["psnr"] = f"{result.evaluation.mean('psnr'):.2f} dB"
-        facts["bicubic psnr"] = f"{result.evaluation.mean('bicubic_psnr'):.2f} dB"
+        facts["bicubic psnr"] = f"{result.evaluation.mean('baseline_psnr'):.2f} dB"
     emit_facts(facts)

@@ -119,7 +119,8 @@ def operands(
     x = torch.from_numpy(codes(rng, case.x_shape(), 8, "random"))
     weight = codes(rng, tuple(size), bits, "random")
     x_grid = grid(rng, case.batch if per_sample else 1)
-    w_grid = grid(rng, size[0] if per_row else 1)
+    w_step, w_shift = grid(rng, size[0] if per_row else 1)
+    w_grid = (w_step, w_shift[:1] if seed % 3 == 2 else w_shift)
     bias = torch.from_numpy(rng.normal(size=size[0]).astype(np.float32)) if seed % 2 else None
     packed = pack_fields(weight, bits)
     return (x, *x_grid, packed, *w_grid, bias, *case.geometry(bits)), torch.from_numpy(weight)
@@ -191,6 +192,15 @@ def test_result_is_the_convolution_of_the_dequantized_operands(
     assert ((torch.ops.qmir.conv2d(*args) - expected).abs() <= AFFINE_RESULT * magnitude).all()
 
 
+@pytest.mark.parametrize("name", ["body-3x3", "depthwise"])
+def test_one_shift_serves_the_steps_of_all_channels(name: str) -> None:
+    args, _ = operands(1, NAMED[name], 4)
+    shared = args[5][2:3]
+    each = shared.repeat(args[4].numel())
+    short = torch.ops.qmir.conv2d(*args[:5], shared, *args[6:])
+    assert same_bytes(short, torch.ops.qmir.conv2d(*args[:5], each, *args[6:]))
+
+
 def test_zero_padding_pads_the_value_zero_not_the_code_zero() -> None:
     case = Case(1, 1, 2, 3, (3, 3), (5, 6), (1, 1), (1, 1), (1, 1))
     args, _ = operands(1, case, 4)
@@ -230,13 +240,6 @@ def test_empty_batch_and_channels_last_input() -> None:
     assert same_bytes(torch.ops.qmir.conv2d(other, *args[1:]), torch.ops.qmir.conv2d(*args))
 
 
-def test_opcheck() -> None:
-    case = Case(2, 2, 3, 2, (3, 3), (6, 7), (2, 1), (1, 1), (1, 1))
-    args, _ = operands(1, case, 4)
-    torch.library.opcheck(torch.ops.qmir.conv2d.default, args)
-    torch.library.opcheck(torch.ops.qmir.conv2d_acc.default, (args[0], args[3], *args[7:]))
-
-
 def test_export_with_dynamic_batch_height_and_width() -> None:
     case = Case(3, 1, 4, 5, (3, 3), (8, 9), (1, 1), (1, 1), (1, 1))
     args, _ = operands(1, case, 4)
@@ -260,7 +263,8 @@ def test_export_with_dynamic_batch_height_and_width() -> None:
         ({0: torch.zeros(3, 6, 7, dtype=torch.int8)}, r"x must be \(B, C, H, W\), got 3 axes"),
         ({3: torch.zeros(5, dtype=torch.uint8)}, "weight must be 27 packed bytes"),
         ({1: torch.ones(5)}, "x_step must be float32 of 1 or 2 values"),
-        ({5: torch.ones(2)}, "w_shift must be float32 of 1 or 2 values|equal length"),
+        ({5: torch.ones(3)}, "w_shift must be float32 of 1 or 2 values"),
+        ({5: torch.ones(2)}, "w_shift must have 1 value or as many as w_step, got 2 and 1"),
         ({6: torch.ones(3)}, r"bias must be float32 of shape \(2,\)"),
         ({7: 5}, "bits must be the container 2, 4 or 8, got 5"),
         ({8: [2, 3, 3]}, "weight_size must be"),

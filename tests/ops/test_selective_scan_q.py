@@ -232,13 +232,6 @@ def test_empty_sequence() -> None:
     assert torch.ops.qmir.selective_scan_q(*args._replace(**empty)).shape == (2, 4, 0)
 
 
-@pytest.mark.parametrize("optional", [True, False])
-def test_opcheck(optional: bool) -> None:
-    args = operands(1 if optional else 4, (2, 2, 3, 4, 5), 4)
-    assert (args.D is not None) == optional
-    torch.library.opcheck(torch.ops.qmir.selective_scan_q.default, tuple(args))
-
-
 def test_export_with_dynamic_batch_and_length() -> None:
     args = operands(1, (3, 2, 3, 4, 5), 4)
 

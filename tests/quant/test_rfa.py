@@ -33,7 +33,8 @@ def test_first_use_sizes_the_parameters(preset, granularity, size):
     module = RFAFakeQuantize(4, preset=preset, granularity=granularity)
     before = [id(p) for p in module.parameters()]
     module(_weight())
-    assert module.step.shape == module.shift.shape == (size,)
+    assert module.step.shape == (size,)
+    assert module.shift.shape == (1,), "one shift serves all channels"
     assert [id(p) for p in module.parameters()] == before, "an optimizer must keep its parameters"
 
 
@@ -76,6 +77,19 @@ def test_state_dict_brings_its_channels():
         assert torch.equal(same(w), module(w))
     with pytest.raises(RuntimeError, match="size mismatch"):
         RFAFakeQuantize(4, preset="paper").load_state_dict(module.state_dict())
+
+
+def test_a_checkpoint_with_a_shift_for_each_channel_loads():
+    w = _weight()
+    module, fresh = RFAFakeQuantize(4), RFAFakeQuantize(4)
+    module(w)
+    saved = module.state_dict() | {"shift": torch.linspace(-0.01, 0.01, 6)}
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh.shift.detach(), saved["shift"])
+    assert not torch.equal(fresh(w), module(w))
+    with pytest.raises(RuntimeError, match="shift 1 or as many as step; got 6 and 3"):
+        fresh.load_state_dict(saved | {"shift": torch.zeros(3)})
+        fresh(w)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

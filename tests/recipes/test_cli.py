@@ -16,6 +16,7 @@ import qmir_ao
 from qmir_ao.recipes import cli
 from qmir_ao.recipes.checkpoint import save_weights
 from qmir_ao.recipes.models import create_model
+from qmir_ao.recipes.models.registry import MODELS
 
 TINY = "mambair-tiny-x2"
 MINUTE = {"timeout": 120}
@@ -59,7 +60,7 @@ def image(tmp_path: Path) -> Path:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("demo", "train", "quantize", "eval", "restore", "info", "doctor"):
+    for command in ("demo", "train", "quantize", "eval", "restore", "recipes", "run", "info"):
         assert command in text
 
 
@@ -121,6 +122,44 @@ def test_eval(
     assert scores["mean"]["psnr"] == scores["images"][0]["psnr"]
     assert cli.main(["eval", str(model), str(image.parent), "--scale", "3"]) == 2
     assert "enlarges 2 times" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--task jpeg --quality 10", "enlarges 2 times, not 1"),
+        ("--task denoise --sigma 0", "sigma must be above 0"),
+        ("--task denoise --quality 10", "no setting 'quality'"),
+        ("--task jepg", "did you mean 'jpeg'"),
+        ("--sigma 25", "no setting 'sigma'"),
+    ],
+)
+def test_eval_refuses_what_does_not_fit(
+    options: str, message: str, weights: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", str(weights), str(image.parent), *options.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_eval_of_another_task(
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(MODELS, "mambair-denoise", {"embed_dim": 30, "depths": (1,), "d_state": 4})
+    path = tmp_path / "denoise.safetensors"
+    save_weights(create_model("mambair-denoise"), path, {"model": "mambair-denoise"})
+    line = ["eval", str(path), str(image.parent)]
+    assert cli.main(line) == 2
+    assert "task must be said" in capsys.readouterr().err
+    assert cli.main([*line, "--task", "jpeg"]) == 2
+    assert "takes images of 3 channels" in capsys.readouterr().err
+    assert cli.main([*line, "--task", "denoise", "--sigma", "25", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["task"], scores["sigma"], scores["channel"]) == ("denoise", 25.0, "rgb")
+    # One small image: the noise's own deviation scatters.
+    assert scores["mean"]["baseline_psnr"] == pytest.approx(20.17, abs=0.4)
 
 
 @pytest.mark.parametrize("source", ["weights", "lowered"])

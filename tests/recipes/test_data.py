@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.paths import DATA, needs_data
 
-from qmir_ao.errors import ConfigError
+from qmir_ao.errors import ConfigError, ImageError
 from qmir_ao.recipes.data import (
     PatchDataset,
     bicubic_downscale,
@@ -16,6 +16,13 @@ from qmir_ao.recipes.data import (
     to_tensor,
 )
 from qmir_ao.recipes.images import Pixels, read_image, write_image
+from qmir_ao.recipes.tasks import (
+    GaussianDenoising,
+    JpegArtifacts,
+    RealDenoising,
+    SuperResolution,
+    Task,
+)
 
 SET5 = ("baby", "bird", "butterfly", "head", "woman")
 
@@ -156,3 +163,108 @@ def test_small_images_are_left_out_and_progress_is_told(folder: Path) -> None:
 def test_too_large_a_patch_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="use a smaller patch"):
         PatchDataset([folder], scale=2, patch=64, length=4, seed=0)
+
+
+def test_floats_pass_through_unrounded() -> None:
+    image = np.linspace(-0.2, 1.3, 24, dtype=np.float32).reshape(2, 4, 3)
+    assert torch.equal(to_tensor(image).permute(1, 2, 0), torch.from_numpy(image))
+    back = to_pixels(to_tensor(image), np.float32)
+    np.testing.assert_array_equal(back, image.clip(0, 1))
+
+
+@pytest.mark.parametrize("task", [JpegArtifacts(20), GaussianDenoising(25), SuperResolution(3)])
+def test_patches_of_every_task_depend_on_seed_and_index_only(task: Task, folder: Path) -> None:
+    a, b = (
+        PatchDataset([folder], task=task, patch=10, length=length, seed=5) for length in (30, 90)
+    )
+    for index in (29, 3, 0):
+        for one, two in zip(a[index], b[index], strict=True):
+            assert torch.equal(one, two)
+    low, high = a[0]
+    assert low.shape == (task.channels, 10, 10)
+    assert high.shape == (task.channels, 10 * task.scale, 10 * task.scale)
+
+
+def test_training_noise_is_fresh_at_every_item(tmp_path: Path) -> None:
+    write_image(tmp_path / "flat.png", np.full((12, 12, 3), 100, np.uint8))
+    dataset = PatchDataset([tmp_path], task=GaussianDenoising(25), patch=12, length=9, seed=0)
+    noise = torch.stack([(low - high) * 255 for low, high in (dataset[i] for i in range(9))])
+    assert noise.std().item() == pytest.approx(25, rel=0.05)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_compressed_patches_are_cut_from_the_compressed_image(tmp_path: Path) -> None:
+    image = picture(24, 24)
+    write_image(tmp_path / "a.png", image)
+    task = JpegArtifacts(10)
+    dataset = PatchDataset([tmp_path], task=task, patch=24, length=8, seed=0)
+    whole = to_tensor(task.degrade(task.read(tmp_path / "a.png")))
+    turned = [torch.rot90(whole, k, (1, 2)) for k in range(4)]
+    turned += [x.flip(2) for x in turned]
+    assert all(any(torch.equal(dataset[i][0], x) for x in turned) for i in range(8))
+
+
+def test_given_inputs_are_used(tmp_path: Path) -> None:
+    for name, value in (("target", 200), ("input", 50)):
+        (tmp_path / name).mkdir()
+        write_image(tmp_path / name / "a.png", np.full((16, 16, 3), value, np.uint8))
+    low, high = PatchDataset([tmp_path], task=RealDenoising(), patch=8, length=1, seed=0)[0]
+    assert (low == 50 / 255).all() and (high == 200 / 255).all()
+    folders = [tmp_path / "target"]
+    given = PatchDataset(
+        folders, task=JpegArtifacts(), inputs=[tmp_path / "input"], patch=8, length=1, seed=0
+    )
+    assert (given[0][0] == 50 / 255).all()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_pairs_that_do_not_fit_are_refused(skip: bool, tmp_path: Path) -> None:
+    high, low = tmp_path / "high", tmp_path / "low"
+    high.mkdir()
+    low.mkdir()
+    write_image(high / "a.png", picture(33, 32))
+    write_image(low / "ax2.png", picture(16, 16))
+    arguments = {"patch": 8, "length": 1, "seed": 0, "skip_bad_images": skip}
+    with pytest.raises(ImageError, match=r"a\.png: 32x33 .* 16x16 at scale 2; they must be 32x32"):
+        PatchDataset([high], scale=2, inputs=[low], **arguments)
+    (low / "ax2.png").rename(low / "b.png")
+    with pytest.raises(ImageError, match=r"no input for 1 of 1 images.*a\.png"):
+        PatchDataset([high], scale=2, inputs=[low], **arguments)
+    with pytest.raises(ConfigError, match="one folder of inputs for each"):
+        PatchDataset([high], scale=2, inputs=[low, low], **arguments)
+
+
+def test_bad_images_are_named_or_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = PatchDataset([folder], scale=2, patch=8, length=6, seed=0)
+    (folder / "9.png").write_bytes((folder / "0.png").read_bytes()[:90])
+    with pytest.raises(ImageError, match=r"9\.png: cannot be read"):
+        PatchDataset([folder], scale=2, patch=8, length=6, seed=0)
+    with caplog.at_level("WARNING", "qmir_ao"):
+        rest = PatchDataset([folder], scale=2, patch=8, length=6, seed=0, skip_bad_images=True)
+    assert [path.name for path in rest.skipped] == ["9.png"]
+    assert "9.png: cannot be read" in caplog.text
+    assert torch.equal(rest[5][1], good[5][1])
+
+
+def test_empty_folders_and_lists_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="holds no images"):
+        PatchDataset([tmp_path], scale=2, patch=8, length=1, seed=0)
+    with pytest.raises(ConfigError, match="no folder with images"):
+        PatchDataset([], scale=2, patch=8, length=1, seed=0)
+    with pytest.raises(ConfigError, match="either task or scale"):
+        PatchDataset([tmp_path], patch=8, length=1, seed=0)
+
+
+def test_one_pixel_images_are_left_out(folder: Path) -> None:
+    write_image(folder / "dot.png", picture(1, 1))
+    assert len(PatchDataset([folder], scale=4, patch=8, length=1, seed=0).pairs) == 2
+
+
+def test_the_cache_holds_the_same_pixels_and_is_shared(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    plain = PatchDataset([folder], scale=2, patch=8, length=4, seed=0)
+    for _ in range(2):
+        mapped = PatchDataset([folder], scale=2, patch=8, length=4, seed=0, cache=cache)
+        assert isinstance(mapped.pairs[0][1], np.memmap)
+        assert all(torch.equal(a, b) for a, b in zip(plain[3], mapped[3], strict=True))
+    assert len(list(cache.iterdir())) == 6

@@ -1,6 +1,8 @@
 """PSNR and SSIM against their formulas in numpy and against scikit-image."""
 
+import importlib.util
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,17 @@ from skimage.metrics import structural_similarity
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.images import Pixels
-from qmir_ao.recipes.metrics import luma, psnr_y, ssim_y
+from qmir_ao.recipes.metrics import (
+    Convention,
+    lpips,
+    luma,
+    psnr,
+    psnr_y,
+    score,
+    ssim,
+    ssim_volume,
+    ssim_y,
+)
 
 # torchmetrics takes the logarithm of the peak in float32: 20 * log10(255) = 48.13 to 2^-24.
 PSNR_DB = 1e-5
@@ -21,10 +33,33 @@ def pair(h: int = 31, w: int = 37, channels: int = 3) -> tuple[Pixels, Pixels]:
     return a, b
 
 
+def window_line() -> np.ndarray:
+    """Gaussian of sigma 1.5 with 11 taps and sum 1."""
+    line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    return line / line.sum()
+
+
+def volume_ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """MATLAB's `ssim` of two (H, W, 3) arrays with peak 255: 11x11x11 window, edges repeated."""
+    line = window_line()
+    window = line[:, None, None] * line[None, :, None] * line[None, None, :]
+
+    def filtered(x: np.ndarray) -> np.ndarray:
+        padded = np.pad(x, 5, mode="edge")
+        views = np.lib.stride_tricks.sliding_window_view(padded, (11, 11, 11))
+        return np.einsum("hwcijk,ijk->hwc", views, window)
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = filtered(a), filtered(b)
+    var_a, var_b = filtered(a * a) - mean_a**2, filtered(b * b) - mean_b**2
+    both = filtered(a * b) - mean_a * mean_b
+    top = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+
+
 def gaussian_ssim(a: np.ndarray, b: np.ndarray) -> float:
     """The published SSIM of two (H, W) images with peak 255."""
-    line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
-    window = np.outer(line, line) / line.sum() ** 2
+    window = np.outer(window_line(), window_line())
 
     def filtered(x: np.ndarray) -> np.ndarray:
         views = np.lib.stride_tricks.sliding_window_view(x, (11, 11))
@@ -108,3 +143,77 @@ def test_bad_pairs_are_refused() -> None:
         psnr_y(a[:4, :4], a[:4, :4], 2)
     with pytest.raises(ConfigError, match="11x11 window"):
         ssim_y(a[:12, :12], a[:12, :12], 2)
+
+
+@pytest.mark.parametrize("border", [0, 4])
+def test_rgb_takes_all_channels_alike(border: int) -> None:
+    a, b = pair()
+    crop = slice(border, -border or None)
+    x, y = a[crop, crop].astype(float), b[crop, crop].astype(float)
+    expected = 10 * math.log10(255**2 / np.mean((x - y) ** 2))
+    assert psnr(a, b, channel="rgb", border=border) == pytest.approx(expected, abs=PSNR_DB)
+    each = [gaussian_ssim(x[:, :, c], y[:, :, c]) for c in range(3)]
+    similarity = ssim(a, b, channel="rgb", border=border)
+    assert similarity == pytest.approx(sum(each) / 3, abs=1e-9)
+    assert psnr(a, b, channel="rgb") != psnr(a, b, channel="y")
+
+
+def test_float_pixels_are_scored_without_rounding() -> None:
+    a, b = pair()
+    half = (a.astype(np.float32) + 0.4) / 255
+    error = half.astype(np.float64) * 255 - b
+    expected = 10 * math.log10(255**2 / np.mean(error**2))
+    assert psnr(half, b, channel="rgb") == pytest.approx(expected, abs=PSNR_DB)
+    assert psnr(half, b, channel="rgb") != psnr(a, b, channel="rgb")
+
+
+def test_the_volume_window_is_the_formula() -> None:
+    a, b = pair(17, 14)
+    expected = volume_ssim(a.astype(float), b.astype(float))
+    assert ssim_volume(a, b) == pytest.approx(expected, abs=1e-9)
+    assert ssim_volume(a, a) == pytest.approx(1.0)
+    assert abs(expected - ssim(a, b, channel="rgb")) > 1e-4
+    with pytest.raises(ConfigError, match="differ in shape"):
+        ssim_volume(a, a[:-1])
+
+
+@pytest.mark.parametrize(
+    ("convention", "channels"),
+    [
+        (Convention("y", border=3), 3),
+        (Convention("rgb"), 3),
+        (Convention("grey", border=1), 1),
+        (Convention("rgb", border=2, rounded=False, window="volume"), 3),
+    ],
+)
+def test_score_follows_the_convention(convention: Convention, channels: int) -> None:
+    a, b = pair(channels=channels)
+    border, channel = convention.border, convention.channel
+    inside = slice(border, -border or None)
+    expected = (
+        ssim(a, b, channel=channel, border=border)
+        if convention.window == "plane"
+        else ssim_volume(a[inside, inside], b[inside, inside])
+    )
+    assert score(a, b, convention) == (psnr(a, b, channel=channel, border=border), expected)
+
+
+@pytest.mark.parametrize("bad", [{"channel": "x"}, {"window": "cube"}, {"border": -1}])
+def test_bad_conventions_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be one of"):
+        Convention(**bad)
+
+
+def test_grey_refuses_colour() -> None:
+    a, b = pair()
+    with pytest.raises(ConfigError, match="'grey' needs"):
+        psnr(a, b, channel="grey")
+    with pytest.raises(ConfigError, match="channel must be one of"):
+        ssim(a, b, channel="luma")
+
+
+def test_lpips_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    a, b = pair()
+    with pytest.raises(ConfigError, match=r"needs torchvision .* never installs it"):
+        lpips(a, b)

@@ -1,17 +1,23 @@
 """Quantization-aware training: what it trains, what it leaves alone, and that it repeats."""
 
 import copy
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from support.training import upscaler
 from torch import Tensor, nn
 
 import qmir_ao
+from qmir_ao import DLSFakeQuantize, RFAFakeQuantize
+from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.models import create_model
+from qmir_ao.recipes.preparation import initialize_quantizers, quantizers
 from qmir_ao.recipes.qat import LEARNING_RATE, QATResult, qat_options, train_quantized
 
 BATCH, PATCH = 2, 16
@@ -84,6 +90,108 @@ def test_two_runs_give_the_same_weights(model: nn.Module, dataset: PatchDataset)
     first, second = (train(model, dataset, 3, bits=2) for _ in range(2))
     assert first.losses == second.losses
     a, b = first.prepared.state_dict(), second.prepared.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_mixed_precision_leaves_quantizers_in_float32(
+    model: nn.Module, dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, dtypes = set(), set()
+    for kind in (DLSFakeQuantize, RFAFakeQuantize):
+        forward = kind.forward
+
+        def watched(self: nn.Module, x: Tensor, forward: Any = forward) -> Tensor:
+            y: Tensor = forward(self, x)
+            inputs.add(x.dtype)
+            dtypes.add(y.dtype)
+            return y
+
+        monkeypatch.setattr(kind, "forward", watched)
+    matrix = nn.Linear.forward
+    products = set()
+
+    def product(self: nn.Linear, x: Tensor) -> Tensor:
+        y = matrix(self, x)
+        products.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(nn.Linear, "forward", product)
+    options = dataclasses.replace(
+        qat_options(3, batch=BATCH, patch=PATCH), precision="bf16-mixed", distill=0.5
+    )
+    result = train_quantized(model, dataset, options, qmir_ao.get_qmir_qconfig(4, 4))
+    assert all(np.isfinite(result.losses))
+    assert inputs == dtypes == {torch.float32}
+    assert torch.bfloat16 in products
+    assert {p.dtype for p in result.prepared.parameters()} == {torch.float32}
+    assert not any(module._forward_pre_hooks for module in result.prepared.modules())
+
+
+def test_distillation_moves_the_student_to_the_teacher(
+    model: nn.Module, dataset: PatchDataset
+) -> None:
+    options = dataclasses.replace(qat_options(8, batch=BATCH, patch=PATCH), distill=10.0)
+    qconfig = qmir_ao.get_qmir_qconfig(2, 2)
+    plain = train(model, dataset, 8, bits=2).prepared
+    taught = train_quantized(model, dataset, options, qconfig).prepared
+    low = torch.stack([dataset[index][0] for index in range(4)])
+    with torch.no_grad():
+        near, far = (float((student(low) - model(low)).abs().mean()) for student in (taught, plain))
+    assert near < far
+
+
+def test_quantizers_are_ready_before_anything_copies_them(
+    model: nn.Module, dataset: PatchDataset
+) -> None:
+    prepared = qmir_ao.prepare_qat(model, qmir_ao.get_qmir_qconfig(4, 4))
+    low = torch.stack([dataset[index][0] for index in range(2)])
+    waiting = [m for m in quantizers(prepared).values() if not m.initialized.all()]
+    assert waiting
+    random_state = torch.get_rng_state()
+    initialize_quantizers(prepared, low)
+    assert all(m.initialized.all() for m in quantizers(prepared).values())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    channels = [m.step.numel() for m in quantizers(prepared).values() if hasattr(m, "thresholds")]
+    assert max(channels) > 1
+    before = copy.deepcopy(prepared.state_dict())
+    initialize_quantizers(prepared, low + 1)
+    assert all(torch.equal(before[key], value) for key, value in prepared.state_dict().items())
+
+
+def test_normalisation_statistics_are_not_counted_twice() -> None:
+    prepared = upscaler(bits=4)
+    prepared.add_module("norm", nn.BatchNorm2d(3))
+    prepared.norm.register_forward_pre_hook(lambda module, inputs: None)
+    start = prepared.norm.running_mean.clone()
+    network = nn.Sequential(prepared.norm, prepared)
+    initialize_quantizers(network, torch.rand(2, 3, 8, 8))
+    assert torch.equal(prepared.norm.running_mean, start)
+    assert int(prepared.norm.num_batches_tracked) == 0
+
+
+def test_training_resumes_and_refuses_another_teacher(
+    model: nn.Module, dataset: PatchDataset, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(
+        qat_options(4, batch=BATCH, patch=PATCH), save_every=2, distill=1.0
+    )
+    qconfig = qmir_ao.get_qmir_qconfig(4, 4)
+
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise InterruptedError
+
+    whole = train_quantized(model, dataset, options, qconfig)
+    with pytest.raises(InterruptedError):
+        train_quantized(model, dataset, options, qconfig, progress=stop, checkpoint_dir=tmp_path)
+    other = create_model("mambair-tiny-x2")
+    with pytest.raises(ConfigError, match=r"recipe\.float weights"):
+        train_quantized(other, dataset, options, qconfig, checkpoint_dir=tmp_path, resume=True)
+    resumed = train_quantized(
+        model, dataset, options, qconfig, checkpoint_dir=tmp_path, resume=True
+    )
+    assert resumed.losses == whole.losses[2:]
+    a, b = whole.prepared.state_dict(), resumed.prepared.state_dict()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

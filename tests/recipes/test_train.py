@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.training import Waves, settings, upscaler
 from torch import Tensor, nn
 
 from qmir_ao.errors import CheckpointError, ConfigError, NonFiniteError
@@ -54,7 +55,7 @@ def test_two_runs_with_one_seed_give_equal_weights(folder: Path, tmp_path: Path)
     assert first.iterations == 3 and first.loss == steps[-1][2] and first.evaluation is not None
     facts = read_metadata(tmp_path / "a.safetensors")
     assert facts["model"] == "mambair-tiny-x2" and facts["command"] == "qmir train ..."
-    assert json.loads(facts["options"]) == dataclasses.asdict(QUICK)
+    assert json.loads(facts["options"]) == QUICK.to_dict() == dataclasses.asdict(QUICK)
     assert json.loads(facts["evaluation"])["psnr"] == first.evaluation.mean("psnr")
     assert not list(tmp_path.glob("*.snapshot.safetensors"))
 
@@ -135,6 +136,11 @@ def test_non_finite_loss_stops(folder: Path, tmp_path: Path) -> None:
         ({"schedule": "linear"}, "schedule"),
         ({"clip": -1.0}, "clip"),
         ({"max_minutes": 0.0}, "max_minutes"),
+        ({"precision": "16-mixed"}, "precision must be one of"),
+        ({"ema": 1.0}, "ema must be at least 0 and below 1, got 1.0"),
+        ({"ema": math.nan}, "ema"),
+        ({"distill": -1.0}, "distill"),
+        ({"distill": math.inf}, "distill"),
     ],
     ids=str,
 )
@@ -172,3 +178,86 @@ def test_schedules() -> None:
     assert cosine[4] == 1.0 and cosine[52] == pytest.approx(0.5) and cosine[100] == 0.0
     steps = [learning_rate_factor(step, 32, 0, "steps") for step in (0, 15, 16, 24, 28, 30, 31)]
     assert steps == [1, 1, 0.5, 0.25, 0.125, 0.0625, 0.0625]
+
+
+def test_gradients_are_clipped(folder: Path) -> None:
+    def norms(clip: float) -> list[float]:
+        options, found = dataclasses.replace(QUICK, clip=clip), []
+        model = Scale(0.3)
+
+        def note(done: int, total: int, loss: float) -> None:
+            assert model.factor.grad is not None
+            found.append(abs(float(model.factor.grad)))
+
+        fit(model, dataset(folder, options), options, progress=note)
+        return found
+
+    assert min(norms(0.0)) > 1e-3
+    assert norms(1e-4) == [pytest.approx(1e-4, rel=1e-2)] * QUICK.iterations
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=["float", "w4a4"])
+def test_averaged_weights_are_the_result(bits: int | None) -> None:
+    options = dataclasses.replace(settings(iterations=6, save_every=0), ema=0.7, learning_rate=0.01)
+    model = upscaler(bits)
+    seen: list[dict[str, Tensor]] = []
+
+    def keep(done: int, total: int, loss: float) -> None:
+        seen.append({key: value.detach().clone() for key, value in model.state_dict().items()})
+
+    fit(model, Waves(12), options, progress=keep)
+    averaged, expected = {name for name, _ in model.named_parameters()}, dict(seen[0])
+    for state in seen[1:]:
+        for key in averaged:
+            expected[key] = 0.7 * expected[key] + 0.3 * state[key]
+    for key, value in model.state_dict().items():
+        if key in averaged:
+            torch.testing.assert_close(value, expected[key])
+        else:
+            assert torch.equal(value, seen[-1][key]), key
+        if key.endswith("thresholds"):
+            assert (value.diff() > 0).all()
+        if key.endswith("step"):
+            assert (value > 0).all()
+    assert any(not torch.equal(seen[-1][key], model.state_dict()[key]) for key in averaged)
+
+
+def test_curves_are_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = dataclasses.replace(settings(iterations=20, save_every=0), log_dir=tmp_path / "log")
+    fit(upscaler(), Waves(40), options)
+    curves = EventAccumulator(str(tmp_path / "log"))
+    curves.Reload()
+    assert {"loss", "lr-Adam"} <= set(curves.Tags()["scalars"])
+    assert [point.step for point in curves.Scalars("loss")] == [9, 19]
+    assert all(math.isfinite(point.value) for point in curves.Scalars("loss"))
+
+
+def test_the_teacher_counts_in_the_loss(folder: Path) -> None:
+    options = dataclasses.replace(QUICK, iterations=1, distill=2.0)
+    data, losses = dataset(folder, options), []
+    teacher = Scale(0.8)
+    with torch.no_grad():
+        low, high = (torch.stack(part) for part in zip(data[0], data[1], strict=True))
+        student = Scale(0.3)(low)
+        expected = (student - high).abs().mean() + 2 * (student - teacher(low)).abs().mean()
+    fit(
+        Scale(0.3),
+        data,
+        options,
+        teacher=teacher,
+        progress=lambda done, total, loss: losses.append(loss),
+    )
+    assert losses == [pytest.approx(expected.item())]
+    assert teacher.factor.grad is None and teacher.factor == 0.8 and teacher.training
+
+
+def test_distillation_needs_a_teacher(folder: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(QUICK, distill=1.0)
+    with pytest.raises(ConfigError, match=r"distill=1\.0 needs a teacher"):
+        fit(Scale(0.3), dataset(folder, options), options)
+    with pytest.raises(ConfigError, match=r"distill=0\.0 is without a teacher"):
+        fit(Scale(0.3), dataset(folder, QUICK), QUICK, teacher=Scale(1.0))
+    with pytest.raises(ConfigError, match="has no teacher in float training"):
+        train("mambair-tiny-x2", [folder], tmp_path / "a.safetensors", options)

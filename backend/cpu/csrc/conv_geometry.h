@@ -14,7 +14,7 @@ namespace qmir {
 // Mirrors the array that backend/cpu/conv2d.py passes.
 struct ConvShape {
   int64_t batch, channels, height, width, features, kernel_h, kernel_w, stride_h, stride_w, pad_h,
-      pad_w, dilation_h, dilation_w, groups, out_h, out_w, bits, x_groups, w_groups;
+      pad_w, dilation_h, dilation_w, groups, out_h, out_w, bits, x_groups, w_steps, w_shifts;
 
   int64_t group_channels() const {
     return channels / groups;
@@ -138,19 +138,20 @@ class ConvResult {
     constant_.reserve(s_.x_groups * rows_.classes() * s_.features * cols_.classes());
     for (int64_t g = 0; g < s_.x_groups; ++g) {
       for (int64_t o = 0; o < s_.features; ++o) {
-        acc_scale_[g * s_.features + o] = in.x_step[g] * in.w_step[s_.w_groups > 1 ? o : 0];
-        sx_scale_[g * s_.features + o] = in.x_step[g] * in.w_shift[s_.w_groups > 1 ? o : 0];
+        acc_scale_[g * s_.features + o] = in.x_step[g] * in.w_step[s_.w_steps > 1 ? o : 0];
+        sx_scale_[g * s_.features + o] = in.x_step[g] * in.w_shift[s_.w_shifts > 1 ? o : 0];
       }
       for (int64_t r = 0; r < rows_.classes(); ++r)
         for (int64_t o = 0; o < s_.features; ++o)
           for (int64_t c = 0; c < cols_.classes(); ++c) {
             const int64_t i0 = rows_.first[r], i1 = rows_.last[r];
             const int64_t j0 = cols_.first[c], j1 = cols_.last[c];
-            const int64_t w = s_.w_groups > 1 ? o : 0;
+            const float step = in.w_step[s_.w_steps > 1 ? o : 0];
+            const float shift = in.w_shift[s_.w_shifts > 1 ? o : 0];
             constant_.push_back(affine_constant(
                 (i1 - i0) * (j1 - j0) * inputs,
                 sums.inside(sums.table.data() + o * size, i0, i1, j0, j1), in.x_shift[g],
-                in.w_step[w], in.w_shift[w], in.bias ? in.bias[o] : 0.0f));
+                step, shift, in.bias ? in.bias[o] : 0.0f));
           }
     }
   }

@@ -60,7 +60,8 @@ struct Affine {
   Scratch<float> acc_scale, sx_scale, constant;
 
   Affine(const Weight& w, int64_t groups, const float* x_step, const float* x_shift,
-         int64_t w_groups, const float* w_step, const float* w_shift, const float* bias)
+         int64_t w_steps, int64_t w_shifts, const float* w_step, const float* w_shift,
+         const float* bias)
       : features(w.features),
         acc_scale(groups * features),
         sx_scale(groups * features),
@@ -68,7 +69,7 @@ struct Affine {
 #pragma omp parallel for if (groups * features > 16384)
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t o = 0; o < features; ++o) {
-        const float step = w_step[w_groups > 1 ? o : 0], shift = w_shift[w_groups > 1 ? o : 0];
+        const float step = w_step[w_steps > 1 ? o : 0], shift = w_shift[w_shifts > 1 ? o : 0];
         acc_scale[g * features + o] = x_step[g] * step;
         sx_scale[g * features + o] = x_step[g] * shift;
         constant[g * features + o] =
@@ -159,30 +160,47 @@ void qmir_linear_acc(const int8_t* x, const uint8_t* weight, int64_t bits, int64
              });
 }
 
-// rows = groups * rows_per_group; w_groups is 1 or `features`; bias may be null.
+// rows = groups * rows_per_group; w_steps and w_shifts are 1 or `features`; bias may be null. One
+// group for each row (tokens with statistics of their own) computes its constants where it uses
+// them: a table would be three times as large as the result.
 void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,
                  const float* w_step, const float* w_shift, const float* bias, int64_t bits,
                  int64_t groups, int64_t rows_per_group, int64_t inputs, int64_t features,
-                 int64_t w_groups, float* y) {
+                 int64_t w_steps, int64_t w_shifts, float* y) {
   const Weight w(weight, bits, features, inputs);
-  const Affine affine(w, groups, x_step, x_shift, w_groups, w_step, w_shift, bias);
-  for_blocks(x, groups * rows_per_group, w,
-             [&](const int8_t* block, int64_t pitch, int64_t row0, int64_t count, int64_t first,
-                 int64_t last, const int32_t* sums) {
-               multiply(block, pitch, count, w, first, last,
-                        [&](int64_t r, int64_t o, int64_t n, const int32_t* acc) {
-                          const int64_t at = (row0 + r) / rows_per_group * features + o;
-                          const float *scale = &affine.acc_scale[at],
-                                      *sx_scale = &affine.sx_scale[at];
-                          const float *constant = &affine.constant[at], sx = (float)sums[r];
-                          const uint32_t bias_sum = (uint32_t)kCodeBias * (uint32_t)sums[r];
-                          float* out = y + (row0 + r) * features + o;
+  const bool per_row = rows_per_group == 1;
+  const Affine affine(w, per_row ? 0 : groups, x_step, x_shift, w_steps, w_shifts, w_step, w_shift,
+                      bias);
+  for_blocks(
+      x, groups * rows_per_group, w,
+      [&](const int8_t* block, int64_t pitch, int64_t row0, int64_t count, int64_t first,
+          int64_t last, const int32_t* sums) {
+        multiply(block, pitch, count, w, first, last,
+                 [&](int64_t r, int64_t o, int64_t n, const int32_t* acc) {
+                   const float sx = (float)sums[r];
+                   const uint32_t bias_sum = (uint32_t)kCodeBias * (uint32_t)sums[r];
+                   float* out = y + (row0 + r) * features + o;
+                   if (per_row) {
+                     const float step = x_step[row0 + r], shift = x_shift[row0 + r];
+                     for (int64_t j = 0; j < n; ++j) {
+                       const float ws = w_step[w_steps > 1 ? o + j : 0];
+                       const float wb = w_shift[w_shifts > 1 ? o + j : 0];
+                       const float constant = affine_constant(inputs, w.sums[o + j], shift, ws, wb,
+                                                              bias ? bias[o + j] : 0.0f);
+                       out[j] = affine_result((int32_t)((uint32_t)acc[j] - bias_sum), sx, step * ws,
+                                              step * wb, constant);
+                     }
+                     return;
+                   }
+                   const int64_t at = (row0 + r) / rows_per_group * features + o;
+                   const float *scale = &affine.acc_scale[at], *sx_scale = &affine.sx_scale[at];
+                   const float* constant = &affine.constant[at];
 #pragma omp simd
-                          for (int64_t j = 0; j < n; ++j)
-                            out[j] = affine_result((int32_t)((uint32_t)acc[j] - bias_sum), sx,
-                                                   scale[j], sx_scale[j], constant[j]);
-                        });
-             });
+                   for (int64_t j = 0; j < n; ++j)
+                     out[j] = affine_result((int32_t)((uint32_t)acc[j] - bias_sum), sx, scale[j],
+                                            sx_scale[j], constant[j]);
+                 });
+      });
 }
 
 }  // extern "C"

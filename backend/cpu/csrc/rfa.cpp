@@ -1,5 +1,6 @@
 // RFA on the CPU: weight levels by thresholds, and the backward with its threshold gradients.
-// A weight is G rows of N elements with one step each (or one row in all). Work is cut into units
+// A weight is G rows of N elements with one step each (or one row in all), and one shift for all
+// rows or one each. Work is cut into units
 // of at most kChunk elements, a whole row or a chunk of one, and tasks of several short rows.
 #include "rfa.cuh"
 
@@ -16,10 +17,10 @@ constexpr float kOuterSlope = 0.1f;
 
 struct Weight {
   const float *values, *step, *shift;
-  int64_t rows, count;
+  int64_t rows, count, shifts;
   float low, high;
 
-  Grid grid(int64_t row) const { return {step[row], shift[row], low, high}; }
+  Grid grid(int64_t row) const { return {step[row], shift[shifts > 1 ? row : 0], low, high}; }
 };
 
 struct Cut {
@@ -203,6 +204,7 @@ void backward(const Weight& w, const float* thresholds, const float* grad, float
                                   histograms[task]);
   });
   const double scale = 1.0 / std::sqrt((double)w.count * (double)std::max(w.high, 1.0f));
+  double shared = 0.0;
   for (int64_t row = 0; row < w.rows; ++row) {
     RowSums all{};
     for (int64_t c = 0; c < cut.chunks; ++c) {
@@ -212,8 +214,10 @@ void backward(const Weight& w, const float* thresholds, const float* grad, float
       all.error += part.error;
     }
     dstep[row] = (float)(scale * all.error);
-    dshift[row] = (float)(all.passed - all.kept);
+    shared += all.passed - all.kept;
+    if (w.shifts > 1) dshift[row] = (float)(all.passed - all.kept);
   }
+  if (w.shifts == 1) dshift[0] = (float)shared;
   Histogram<T> all;
   for (const Histogram<T>& part : histograms)
     for (int j = 0; j <= T; ++j) {
@@ -244,9 +248,9 @@ extern "C" {
 // Fake-quantized values, or int8 codes where `codes` is set; returns 1 where a ratio is not finite.
 int64_t qmir_rfa_forward(const float* w, const float* step, const float* shift,
                          const float* thresholds, void* out, int64_t rows, int64_t count,
-                         int64_t size, int64_t quant_min, int64_t codes) {
-  const Weight weight{w,     step, shift, rows, count, (float)quant_min,
-                      (float)(quant_min + size - 1)};
+                         int64_t shifts, int64_t size, int64_t quant_min, int64_t codes) {
+  const Weight weight{w,      step,             shift, rows, count,
+                      shifts, (float)quant_min, (float)(quant_min + size - 1)};
   return with_thresholds(size, [&]<int T>() -> int64_t {
     return codes ? round_all<T>(weight, thresholds, (int8_t*)out)
                  : round_all<T>(weight, thresholds, (float*)out);
@@ -255,10 +259,10 @@ int64_t qmir_rfa_forward(const float* w, const float* step, const float* shift,
 
 void qmir_rfa_backward(const float* grad, const float* w, const float* step, const float* shift,
                        const float* thresholds, float* dw, float* dstep, float* dshift,
-                       float* dthresholds, int64_t rows, int64_t count, int64_t size,
-                       int64_t quant_min) {
-  const Weight weight{w,     step, shift, rows, count, (float)quant_min,
-                      (float)(quant_min + size - 1)};
+                       float* dthresholds, int64_t rows, int64_t count, int64_t shifts,
+                       int64_t size, int64_t quant_min) {
+  const Weight weight{w,      step,             shift, rows, count,
+                      shifts, (float)quant_min, (float)(quant_min + size - 1)};
   with_thresholds(size, [&]<int T>() -> int64_t {
     backward<T>(weight, thresholds, grad, dw, dstep, dshift, dthresholds);
     return 0;

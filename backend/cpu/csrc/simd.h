@@ -13,6 +13,8 @@
 namespace qmir {
 
 constexpr int kLanes = 16;
+// g++ 12 warns that the unmasked forms of some intrinsics read an undefined register.
+constexpr uint16_t kAllLanes = 0xffff;
 typedef float lanes __attribute__((vector_size(64)));
 typedef int32_t lanes_i __attribute__((vector_size(64)));
 typedef uint32_t lanes_u __attribute__((vector_size(64)));
@@ -24,10 +26,44 @@ QMIR_FN lanes load(const float* p) {
 }
 
 QMIR_FN void store(float* p, lanes v) { std::memcpy(p, &v, sizeof v); }
-QMIR_FN lanes broadcast(float x) { return lanes{} + x; }
-QMIR_FN lanes lane_max(lanes a, lanes b) { return a > b ? a : b; }
-QMIR_FN lanes lane_min(lanes a, lanes b) { return a < b ? a : b; }
-QMIR_FN lanes lane_abs(lanes a) { return a < lanes{} ? -a : a; }
+
+// lanes{} + x would add, since zero plus minus zero is another number.
+QMIR_FN lanes broadcast(float x) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_set1_ps(x);
+#else
+  return lanes{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#endif
+}
+
+QMIR_FN lanes lane_abs(lanes a) { return (lanes)((lanes_i)a & 0x7fffffff); }
+
+// The instructions return b where one is NaN, as the comparison does; g++ 12 makes two of it.
+QMIR_FN lanes lane_max(lanes a, lanes b) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Largest magnitude; unlike lane_max it keeps a NaN, whose bits exceed those of infinity.
+QMIR_FN lanes lane_max_abs(lanes largest, lanes x) {
+  const lanes_i a = (lanes_i)largest, b = (lanes_i)lane_abs(x);
+#if defined(__AVX512F__)
+  return (lanes)_mm512_maskz_max_epi32(kAllLanes, (__m512i)a, (__m512i)b);
+#else
+  return (lanes)(a > b ? a : b);
+#endif
+}
+
+QMIR_FN lanes lane_min(lanes a, lanes b) {
+#if defined(__AVX512F__)
+  return (lanes)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 QMIR_FN lanes fmadd(lanes a, lanes b, lanes c) {
 #if defined(__AVX512F__)
@@ -45,8 +81,18 @@ QMIR_FN lanes fmadd(lanes a, lanes b, lanes c) {
 #endif
 }
 
-QMIR_FN lanes pow2_of_magic(lanes shifted) {
-  return (lanes)(((lanes_u)shifted + 127u) << 23);
+QMIR_FN lanes scale_by_magic(lanes value, lanes shifted) {
+  return (lanes)((lanes_u)value + ((lanes_u)shifted << 23));
+}
+
+QMIR_FN bool all_of(lanes_i mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) == kAllLanes;
+#else
+  bool all = true;
+  for (int j = 0; j < kLanes; ++j) all &= mask[j] != 0;
+  return all;
+#endif
 }
 
 // Sum of the lanes, always in the same tree order.
@@ -58,6 +104,13 @@ QMIR_FN float reduce_add(lanes v) {
   return x[0];
 }
 
+// Unrolled, sixteen registers of 512 bits hold what narrower ones would spill.
+#if defined(__AVX512F__)
+#define QMIR_UNROLL _Pragma("GCC unroll 16")
+#else
+#define QMIR_UNROLL
+#endif
+
 // Out of line: inlined at each use, these multiply the time to compile for narrower vectors.
 #define QMIR_OUTLINE static __attribute__((noinline, unused))
 
@@ -65,8 +118,10 @@ QMIR_FN float reduce_add(lanes v) {
 QMIR_OUTLINE void transpose16(lanes (&r)[kLanes]) {
   constexpr lanes_i low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   constexpr lanes_i high{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  lanes t[kLanes];
+QMIR_UNROLL
   for (int round = 0; round < 4; ++round) {
-    lanes t[kLanes];
+QMIR_UNROLL
     for (int i = 0; i < 8; ++i) {
       t[2 * i] = __builtin_shuffle(r[i], r[i + 8], low);
       t[2 * i + 1] = __builtin_shuffle(r[i], r[i + 8], high);
@@ -95,9 +150,10 @@ QMIR_OUTLINE void load_tile(const float* src, int64_t stride, int rows, int cols
 QMIR_OUTLINE void store_tile(float* dst, int64_t stride, int rows, int cols, lanes (&tile)[kLanes]) {
   transpose16(tile);
   for (int i = 0; i < rows; ++i) {
-    float buffer[kLanes];
-    store(buffer, tile[i]);
-    std::memcpy(dst + i * stride, buffer, cols * sizeof(float));
+    if (cols == kLanes)
+      store(dst + i * stride, tile[i]);
+    else
+      std::memcpy(dst + i * stride, &tile[i], cols * sizeof(float));
   }
 }
 

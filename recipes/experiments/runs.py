@@ -1,0 +1,210 @@
+"""Quantization-aware training runs of a comparison: one JSON file each, so that any may be redone.
+
+A run depends on its settings only: its file is named by them, and a run whose file exists is not
+repeated.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import qmir_ao
+from qmir_ao.recipes.data import PatchDataset
+from qmir_ao.recipes.evaluate import evaluate
+from qmir_ao.recipes.experiments.methods import get_method
+from qmir_ao.recipes.qat import qat_options, train_quantized
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of one run.
+
+    Attributes:
+        method: key of `METHODS`.
+        weight_bits: 2 to 8.
+        act_bits: 2 to 8.
+        seed: of the patches.
+        learning_rate: of the network and, times their own factor, of the quantizers.
+        iterations: optimizer steps.
+        batch: patches per step.
+        patch: side of the low-resolution patch.
+        settings: changes to the method's settings, for ablations.
+        group: name of the table it belongs to.
+    """
+
+    method: str
+    weight_bits: int
+    act_bits: int
+    seed: int
+    learning_rate: float = 8e-4
+    iterations: int = 1000
+    batch: int = 4
+    patch: int = 32
+    settings: dict[str, Any] = field(default_factory=dict)
+    group: str = "main"
+
+    @property
+    def name(self) -> str:
+        """File name without suffix, made of the settings."""
+        changed = "".join(f"-{k}={v}" for k, v in sorted(self.settings.items()))
+        return (
+            f"{self.method}{changed}-w{self.weight_bits}a{self.act_bits}"
+            f"-lr{self.learning_rate:g}-i{self.iterations}-b{self.batch}-p{self.patch}-s{self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs of a comparison share.
+
+    Attributes:
+        model: float network.
+        folders: training images.
+        sets: test sets by name: folder with images, folder with their inputs or None.
+        scale: enlargement.
+    """
+
+    model: nn.Module
+    folders: Sequence[Path]
+    sets: dict[str, tuple[Path, Path | None]]
+    scale: int
+
+
+def open_dataset(
+    bench: Bench, patch: int, progress: Callable[[int, int], None] | None = None
+) -> PatchDataset:
+    """The training images, read once for many runs."""
+    return PatchDataset(
+        bench.folders, scale=bench.scale, patch=patch, length=1, seed=0, progress=progress
+    )
+
+
+def execute(
+    run: Run,
+    bench: Bench,
+    dataset: PatchDataset,
+    *,
+    keep: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train, lower and score one run.
+
+    Args:
+        run: settings.
+        bench: network and images.
+        dataset: from `open_dataset`; its seed and length are set here.
+        keep: folder to save the lowered network in, or None.
+        progress: called with (done, total) after each step.
+
+    Returns:
+        A record with the settings, the loss, the seconds of a step, the bytes, and for each test
+        set the PSNR of the fake-quantized and PSNR and SSIM of the integer network.
+    """
+    options = qat_options(
+        run.iterations,
+        learning_rate=run.learning_rate,
+        batch=run.batch,
+        patch=run.patch,
+        seed=run.seed,
+    )
+    dataset.seed, dataset.length = run.seed, run.batch * run.iterations
+    settings = {**get_method(run.method).settings, **run.settings}
+    qconfig = qmir_ao.get_qmir_qconfig(run.weight_bits, run.act_bits, **settings)
+    begin = time.perf_counter()
+    result = train_quantized(bench.model, dataset, options, qconfig, progress=progress)
+    seconds = time.perf_counter() - begin
+    lowered = qmir_ao.convert_and_lower(result.prepared, target="cpu")
+    if keep is not None:
+        qmir_ao.save(lowered, keep)
+    tail = result.losses[-max(1, run.iterations // 10) :]
+    return {
+        **asdict(run),
+        "seconds_per_step": round(seconds / run.iterations, 4),
+        "loss": sum(tail) / len(tail),
+        "weight_bytes": lowered.report.weight_bytes,
+        "scale_bytes": lowered.report.scale_bytes,
+        "float_bytes": lowered.report.float_bytes,
+        "sets": _scores(bench, result.prepared, lowered),
+    }
+
+
+def _scores(bench: Bench, prepared: nn.Module, lowered: nn.Module) -> dict[str, Any]:
+    scores = {}
+    for name, (folder, low) in bench.sets.items():
+        with torch.inference_mode():
+            fake = evaluate(prepared, folder, scale=bench.scale, low_folder=low)
+            integer = evaluate(lowered, folder, scale=bench.scale, low_folder=low)
+        scores[name] = {
+            "psnr": fake.mean("psnr"),
+            "ssim": fake.mean("ssim"),
+            "psnr_integer": integer.mean("psnr"),
+            "ssim_integer": integer.mean("ssim"),
+        }
+    return scores
+
+
+def write_record(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Write a record under a temporary name, then rename it."""
+    scratch = folder / f".{name}.{os.getpid()}.tmp"
+    scratch.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    scratch.replace(folder / f"{name}.json")
+
+
+def claim(folder: Path, name: str) -> bool:
+    """Reserve a run for this process; False where it is done or another process has it."""
+    if (folder / f"{name}.json").exists():
+        return False
+    lock = folder / f"{name}.lock"
+    try:
+        with lock.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        if _alive(lock):
+            return False
+        lock.write_text(str(os.getpid()))
+    return True
+
+
+def _alive(lock: Path) -> bool:
+    try:
+        os.kill(int(lock.read_text()), 0)
+    except (ValueError, ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def work(
+    runs: Sequence[Run],
+    bench: Bench,
+    folder: Path,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> int:
+    """Do every run that has no record yet; several processes may share the folder.
+
+    Returns:
+        The number of runs done by this call.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets: dict[int, PatchDataset] = {}
+    done = 0
+    for index, run in enumerate(runs):
+        if progress is not None:
+            progress(index, len(runs), run.name)
+        if not claim(folder, run.name):
+            continue
+        if run.patch not in datasets:
+            datasets[run.patch] = open_dataset(bench, run.patch)
+        write_record(folder, run.name, execute(run, bench, datasets[run.patch]))
+        (folder / f"{run.name}.lock").unlink(missing_ok=True)
+        done += 1
+    return done
