@@ -53,6 +53,7 @@ def train_quantized(
     options: TrainOptions,
     qconfig: QConfig,
     *,
+    placement: str = "paper",
     progress: Callable[[int, int], None] | None = None,
     checkpoint_dir: Path | None = None,
     resume: bool = False,
@@ -64,6 +65,7 @@ def train_quantized(
         dataset: patches; the first batch also initialises the quantizers.
         options: settings, see `qat_options`; with `distill` the float network is the teacher.
         qconfig: bit widths, see `qmir_ao.get_qmir_qconfig`.
+        placement: "paper" or "official", see `qmir_ao.prepare_qat`.
         progress: called with (done, total) after each step.
         checkpoint_dir: folder for checkpoints, see `fit`.
         resume: go on from the newest checkpoint of `checkpoint_dir`, if there is one; the losses
@@ -76,7 +78,7 @@ def train_quantized(
         NonFiniteError: the training diverged.
     """
     torch.manual_seed(options.seed)
-    prepared = qmir_ao.prepare_qat(model, qconfig)
+    prepared = qmir_ao.prepare_qat(model, qconfig, placement=placement)
     losses: list[float] = []
 
     def report(done: int, total: int, loss: float) -> None:

@@ -35,7 +35,8 @@ struct StepGradient {
 // Reverse of one step for one state: g is dL/dh[l], already with gy * C[l] added. Adds this state's
 // parts of the step's gradients and of dA, and returns dL/dh[l-1].
 template <class F>
-QMIR_FN F scan_step_reverse(F g, F decay, F h_before, F dt, F a, F b, StepGradient<F>& step, F& da) {
+QMIR_FN F scan_step_reverse(F g, F decay, F h_before, F dt, F a, F b, StepGradient<F>& step,
+                            F& da) {
   const F before = g * decay;
   const F through = before * h_before;
   step.decay_part = fmadd(through, a, step.decay_part);

@@ -36,10 +36,15 @@ WEIGHTS: dict[str, type[Any]] = {
     "soft": weights.SoftSTEWeightFakeQuantize,
     "ste": weights.STEWeightFakeQuantize,
 }
+STATISTICS: dict[str, dict[str, bool]] = {
+    "token": {"per_token": True, "per_tensor": False},
+    "sample": {"per_token": False, "per_tensor": False},
+    "tensor": {"per_token": False, "per_tensor": True},
+}
 PRESETS = (None, "paper", "official")
 
 
-def _choose(kind: str, name: str, table: dict[str, type[Any]]) -> type[Any]:
+def _choose(kind: str, name: str, table: dict[str, Any]) -> Any:
     if name not in table:
         raise ConfigError(f"{kind}={name!r} is unknown; allowed: {', '.join(map(repr, table))}")
     return table[name]
@@ -56,6 +61,9 @@ def get_qmir_qconfig(
     weight_init: str | None = None,
     granularity: str | None = None,
     constants: str | None = None,
+    statistics: str | None = None,
+    cap: bool | None = None,
+    clamp_output: bool | None = None,
 ) -> QConfig:
     """Build a `torch.ao.quantization.QConfig` from names.
 
@@ -75,6 +83,10 @@ def get_qmir_qconfig(
         constants: for static activations: "searched" puts a scan's A, D and delta bias on a
             searched grid (the default of the rivals), "own" leaves them to the method, which may
             round A to zero.
+        statistics: what DLS predicts a step from: "token" (each token before linear layers, each
+            sample elsewhere), "sample" or "tensor" (the whole batch); None leaves it to the preset.
+        cap: limit DLS's step to (max - min) / 2**bits.
+        clamp_output: clip what DLS returns to the input's range, off the integer grid.
 
     Raises:
         ConfigError: unknown bits or names, with the allowed ones.
@@ -90,16 +102,24 @@ def get_qmir_qconfig(
         raise ConfigError(
             "constants=... is for static activations; DLS always folds A, D and delta bias offline"
         )
+    dls = {"statistics": statistics, "cap": cap, "clamp_output": clamp_output}
+    given = [name for name, value in dls.items() if value is not None]
+    if given and activation != "dls":
+        raise ConfigError(f"{given[0]}=... is for activation='dls', not {activation!r}")
     for kwargs, name, value in (
         (act_kwargs, "preset", preset),
         (act_kwargs, "init", init),
         (act_kwargs, "constants", constants),
+        (act_kwargs, "cap", cap),
+        (act_kwargs, "clamp_output", clamp_output),
         (weight_kwargs, "preset", preset),
         (weight_kwargs, "init", weight_init),
         (weight_kwargs, "granularity", granularity),
     ):
         if value is not None:
             kwargs[name] = value
+    if statistics is not None:
+        act_kwargs |= _choose("statistics", statistics, STATISTICS)
     qconfig = QConfig(activation=act.with_args(**act_kwargs), weight=wgt.with_args(**weight_kwargs))
     # Constructed once here, so that a bad combination fails at this call and not deep in prepare.
     qconfig.activation()

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.evaluate import evaluate
 from qmir_ao.recipes.experiments.methods import get_method
 from qmir_ao.recipes.qat import qat_options, train_quantized
+from qmir_ao.recipes.tasks import SuperResolution, Task
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Run:
         iterations: optimizer steps.
         batch: patches per step.
         patch: side of the low-resolution patch.
-        settings: changes to the method's settings, for ablations.
-        group: name of the table it belongs to.
+        settings: changes to the method's settings, for ablations; `placement` is one of them.
     """
 
     method: str
@@ -48,7 +48,6 @@ class Run:
     batch: int = 4
     patch: int = 32
     settings: dict[str, Any] = field(default_factory=dict)
-    group: str = "main"
 
     @property
     def name(self) -> str:
@@ -69,12 +68,23 @@ class Bench:
         folders: training images.
         sets: test sets by name: folder with images, folder with their inputs or None.
         scale: enlargement.
+        task: restoration task, if it is not super-resolution.
+        clip: largest gradient norm; 0 for no clipping.
+        tile: section length for large test images, or None to run them whole.
     """
 
     model: nn.Module
     folders: Sequence[Path]
     sets: dict[str, tuple[Path, Path | None]]
     scale: int
+    task: Task | None = None
+    clip: float = 1.0
+    tile: int | None = None
+
+    @property
+    def restoration(self) -> Task:
+        """The task."""
+        return self.task or SuperResolution(self.scale)
 
 
 def open_dataset(
@@ -82,7 +92,7 @@ def open_dataset(
 ) -> PatchDataset:
     """The training images, read once for many runs."""
     return PatchDataset(
-        bench.folders, scale=bench.scale, patch=patch, length=1, seed=0, progress=progress
+        bench.folders, task=bench.restoration, patch=patch, length=1, seed=0, progress=progress
     )
 
 
@@ -114,11 +124,15 @@ def execute(
         patch=run.patch,
         seed=run.seed,
     )
+    options = replace(options, clip=bench.clip)
     dataset.seed, dataset.length = run.seed, run.batch * run.iterations
     settings = {**get_method(run.method).settings, **run.settings}
+    placement = settings.pop("placement", "paper")
     qconfig = qmir_ao.get_qmir_qconfig(run.weight_bits, run.act_bits, **settings)
     begin = time.perf_counter()
-    result = train_quantized(bench.model, dataset, options, qconfig, progress=progress)
+    result = train_quantized(
+        bench.model, dataset, options, qconfig, placement=placement, progress=progress
+    )
     seconds = time.perf_counter() - begin
     lowered = qmir_ao.convert_and_lower(result.prepared, target="cpu")
     if keep is not None:
@@ -136,11 +150,11 @@ def execute(
 
 
 def _scores(bench: Bench, prepared: nn.Module, lowered: nn.Module) -> dict[str, Any]:
-    scores = {}
+    scores, task = {}, bench.restoration
     for name, (folder, low) in bench.sets.items():
         with torch.inference_mode():
-            fake = evaluate(prepared, folder, scale=bench.scale, low_folder=low)
-            integer = evaluate(lowered, folder, scale=bench.scale, low_folder=low)
+            fake = evaluate(prepared, folder, task=task, low_folder=low, tile=bench.tile)
+            integer = evaluate(lowered, folder, task=task, low_folder=low, tile=bench.tile)
         scores[name] = {
             "psnr": fake.mean("psnr"),
             "ssim": fake.mean("ssim"),

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from support.models import ConvNet, ScanNet
 
 import qmir_ao
 from qmir_ao.errors import ConfigError, UnsupportedGraph
 from qmir_ao.quant._bases import CALIBRATION_ROWS, CALIBRATION_VALUES
 from qmir_ao.quant.fake_quant import DLSFakeQuantize
 from qmir_ao.quant.static import StaticFakeQuantize
-from tests.support.models import ConvNet, ScanNet
 
 INITS = ("minmax", "percentile", "mse")
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from support.integers import same_bytes, with_threads
+from support.models import train_step
 from torch import Tensor, nn
 
 import qmir_ao
@@ -11,8 +13,6 @@ from qmir_ao.ops.dls_fake_quant import dls_fake_quant
 from qmir_ao.ops.linear import linear, linear_ref
 from qmir_ao.ops.pack import pack
 from qmir_ao.quant.fake_quant import DLSFakeQuantize
-from tests.support.integers import same_bytes, with_threads
-from tests.support.models import train_step
 
 
 class Mixed(nn.Module):

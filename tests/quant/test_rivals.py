@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from support.models import ConvNet, ScanNet, train_step
 from torch import Tensor
 
 import qmir_ao
 from qmir_ao.errors import ConfigError
 from qmir_ao.quant.functions import interval_cuts, threshold_codes
 from qmir_ao.quant.qconfig import ACTIVATIONS, WEIGHTS
-from tests.support.models import ConvNet, ScanNet, train_step
 
 RIVALS = [name for name in ACTIVATIONS if name not in ("dls", "static")]
 RELATIVE = 2e-5

@@ -21,14 +21,14 @@ OFFICIAL_FLIPS = 1e-4
 OFFICIAL_VALUE = 1e-5
 OFFICIAL_GRAD = 1e-4
 
-# A float kernel may be this much worse than plain float32 torch: largest error against float64, over
-# several draws.
+# A float kernel may be this much worse than plain float32 torch: largest error against float64,
+# over several draws.
 KERNEL_VS_REFERENCE = 2.0
 
-# The largest outputs of the scan decide both errors, and there the reference may be exact by luck. Each
-# is the rounded sum or product of two rounded values (D*u and the sum over states, slope of softplus
-# and gradient of the time step, ...): three roundings of half a unit, relative to the largest output,
-# that a kernel as good as the reference may have alone.
+# The largest outputs of the scan decide both errors, and there the reference may be exact by luck.
+# Each is the rounded sum or product of two rounded values (D*u and the sum over states, slope of
+# softplus and gradient of the time step, ...): three roundings of half a unit, relative to the
+# largest output, that a kernel as good as the reference may have alone.
 SCAN_FLOOR = 3 * 2.0**-24
 
 # Integer linear and convolution: a = fl(alpha*step) and float(acc) round once each, their product a
@@ -56,10 +56,11 @@ def operator_error_steps(taps: int, act_bits: int, weight_bits: int) -> float:
     """Largest difference, in accumulator units, of an integer operator from its prepared twin.
 
     With zero inside both ranges, |q - shift/step| <= 2^bits, so all products together are at most
-    S = taps * 2^(act_bits + weight_bits) units, and so are |a*acc| + |b*sx| + |constant|, which share
-    S between them. The epilogue rounds those by 6u (AFFINE_RESULT), u = 2^-24. The twin rounds each
-    operand twice and adds `taps` products: 4u of S, and a random walk of `taps` roundings of partial
-    sums up to S, sqrt(taps) * u * S. Shifts make the partial sums grow with taps, not its root.
+    S = taps * 2^(act_bits + weight_bits) units, and so are |a*acc| + |b*sx| + |constant|, which
+    share S between them. The epilogue rounds those by 6u (AFFINE_RESULT), u = 2^-24. The twin
+    rounds each operand twice and adds `taps` products: 4u of S, and a random walk of `taps`
+    roundings of partial sums up to S, sqrt(taps) * u * S. Shifts make the partial sums grow with
+    taps, not with its root.
     """
     return (math.sqrt(taps) + 10.0) * taps * 2.0 ** (act_bits + weight_bits) * 2.0**-24
 

@@ -79,8 +79,8 @@ struct Projection {
   lanes at(int i, int t) const { return broadcast(row[i][t]); }
 };
 
-// The hardware does not follow so many rows at once. Into the second level: rows a power of two apart
-// would push each other out of the first.
+// The hardware does not follow so many rows at once. Into the second level: rows a power of two
+// apart would push each other out of the first.
 void prefetch_rows(const float* src, int64_t stride, int rows) {
   for (int i = 0; i < rows; ++i) __builtin_prefetch(src + i * stride, 0, 2);
 }

@@ -1,0 +1,195 @@
+"""The comparison of quantization methods on x2 super-resolution: its runs and their records.
+
+Every method trains from the same float weights on the same patches in the same order. Its learning
+rate is the best of three on the first seed at the width in question; the other seeds use that one.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from qmir_ao.errors import ConfigError
+from qmir_ao.recipes.experiments.methods import METHODS
+from qmir_ao.recipes.experiments.runs import Run
+
+RATES = (8e-4, 1.6e-3, 3.2e-3)
+SEEDS = (0, 1, 2)
+WIDTHS = (2, 4)
+ITERATIONS = 1000
+ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "DLS initialisation": [
+        (init, {"init": init})
+        for init in ("mse", "closed_form", "mu3s", "mu4s", "minmax", "mu_halfrange", "mid3s")
+    ],
+    "DLS statistics": [(kind, {"statistics": kind}) for kind in ("token", "sample", "tensor")],
+    "DLS step and output": [
+        ("free", {}),
+        ("cap", {"cap": True}),
+        ("output clamp", {"clamp_output": True}),
+        ("cap and output clamp", {"cap": True, "clamp_output": True}),
+    ],
+    "RFA granularity": [
+        ("per output channel", {"granularity": "per_channel"}),
+        ("per tensor", {"granularity": "per_tensor"}),
+    ],
+    "Placement": [("paper", {}), ("published code", {"placement": "official"})],
+    "Preset": [("default", {}), ("paper", {"preset": "paper"})],
+}
+"""Tables of the ablation: row label and changes to the default's settings."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Scores of one method at one width on one set, over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; 0 for one seed."""
+        return stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+def search_runs(width: int, iterations: int = ITERATIONS) -> list[Run]:
+    """All methods at all learning rates, first seed."""
+    return [
+        Run(key, width, width, SEEDS[0], learning_rate=rate, iterations=iterations)
+        for rate in RATES
+        for key in METHODS
+    ]
+
+
+def best_rates(records: Iterable[dict[str, Any]], width: int) -> dict[str, float]:
+    """Each method's best learning rate at a width: mean integer PSNR over the sets, first seed."""
+    best: dict[str, tuple[float, float]] = {}
+    for record in records:
+        if record["seed"] != SEEDS[0] or record["settings"] or record["weight_bits"] != width:
+            continue
+        score = fmean(s["psnr_integer"] for s in record["sets"].values())
+        key = record["method"]
+        if key not in best or score > best[key][0]:
+            best[key] = (score, record["learning_rate"])
+    return {key: rate for key, (_, rate) in best.items()}
+
+
+def seed_runs(rates: dict[str, float], width: int, iterations: int = ITERATIONS) -> list[Run]:
+    """All methods at their learning rates, all seeds."""
+    return [
+        Run(key, width, width, seed, learning_rate=rates[key], iterations=iterations)
+        for seed in SEEDS
+        for key in METHODS
+        if key in rates
+    ]
+
+
+def ablation_runs(
+    rate: float, width: int, iterations: int = ITERATIONS, seeds: Sequence[int] = SEEDS
+) -> list[Run]:
+    """The default with one thing changed at a time."""
+    changes = {json.dumps(s, sort_keys=True): s for rows in ABLATIONS.values() for _, s in rows}
+    return [
+        Run(
+            "dls+rfa", width, width, seed, learning_rate=rate, iterations=iterations,
+            settings=settings,
+        )
+        for seed in seeds
+        for settings in changes.values()
+    ]  # fmt: skip
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All run records of a folder, in the order of their names.
+
+    Raises:
+        ConfigError: the folder holds none, or a damaged one.
+    """
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            records.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ConfigError(f"{path}: is no run record ({error}); delete it") from error
+    if not records:
+        raise ConfigError(f"{folder}: holds no run records; train some runs first")
+    return records
+
+
+def rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each run and test set, of the runs without changed settings at the best rates."""
+    kept = [r for r in records if not r["settings"]]
+    rates = {width: best_rates(kept, width) for width in sorted({r["weight_bits"] for r in kept})}
+    return [
+        {
+            "method": r["method"],
+            "weight_bits": r["weight_bits"],
+            "act_bits": r["act_bits"],
+            "seed": r["seed"],
+            "set": name,
+            "psnr": round(s["psnr"], 4),
+            "psnr_integer": round(s["psnr_integer"], 4),
+            "ssim": round(s["ssim"], 5),
+            "ssim_integer": round(s["ssim_integer"], 5),
+            "seconds_per_step": r["seconds_per_step"],
+            "learning_rate": r["learning_rate"],
+            "iterations": r["iterations"],
+            "weight_bytes": r["weight_bytes"],
+            "scale_bytes": r["scale_bytes"],
+        }
+        for r in kept
+        if rates[r["weight_bits"]].get(r["method"]) == r["learning_rate"]
+        for name, s in r["sets"].items()
+    ]
+
+
+def table(
+    entries: Iterable[dict[str, Any]], width: int, value: str = "psnr_integer"
+) -> dict[str, dict[str, Cell]]:
+    """Method, then set, to scores over the seeds at one width; best mean first."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in entries:
+        if row["weight_bits"] == row["act_bits"] == width:
+            found[row["method"]][row["set"]].append(row[value])
+    cells = {
+        method: {name: Cell(tuple(values)) for name, values in sets.items()}
+        for method, sets in found.items()
+    }
+    return dict(sorted(cells.items(), key=lambda kv: -fmean(c.mean for c in kv[1].values())))
+
+
+def ablation_table(
+    records: Sequence[dict[str, Any]], width: int
+) -> dict[str, list[tuple[str, dict[str, Cell]]]]:
+    """Title to rows of (label, set to scores); a row without a run is left out."""
+    rate = best_rates(records, width).get("dls+rfa")
+    result = {}
+    for title, variants in ABLATIONS.items():
+        lines = []
+        for label, settings in variants:
+            hits = [
+                r
+                for r in records
+                if r["method"] == "dls+rfa"
+                and r["settings"] == settings
+                and r["weight_bits"] == width
+                and r["learning_rate"] == rate
+            ]
+            if hits:
+                names = hits[0]["sets"]
+                lines.append(
+                    (
+                        label,
+                        {n: Cell(tuple(r["sets"][n]["psnr_integer"] for r in hits)) for n in names},
+                    )
+                )
+        if lines:
+            result[title] = lines
+    return result

@@ -1,0 +1,173 @@
+"""The evidence as a page: Markdown tables and plots from the run records."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qmir_ao.recipes.experiments.evidence import (
+    ITERATIONS,
+    WIDTHS,
+    Cell,
+    ablation_table,
+    best_rates,
+    rows,
+    table,
+)
+from qmir_ao.recipes.experiments.methods import METHODS
+
+OURS, RIVAL = "#b8551b", "#5b7b94"
+DEFAULT = "dls+rfa"
+
+
+def _cell(cell: Cell) -> str:
+    spread = f" ± {cell.deviation:.3f}" if len(cell.values) > 1 else ""
+    return f"{cell.mean:.3f}{spread}"
+
+
+def _main_table(
+    records: Sequence[dict[str, Any]], width: int, float_psnr: Mapping[str, float]
+) -> list[str]:
+    entries = rows(records)
+    scores, simulated = table(entries, width), table(entries, width, "psnr")
+    ssim = table(entries, width, "ssim_integer")
+    if not scores:
+        return []
+    sets = list(next(iter(scores.values())))
+    rates = best_rates(records, width)
+    head = ["method", "rate", "seeds"]
+    head += [f"{name}, integer" for name in sets] + [f"{name}, simulated" for name in sets]
+    head += [f"{name}, SSIM" for name in sets] + ["bytes of weights and scales"]
+    lines = [f"## {width}-bit weights and activations", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    full = [f"{float_psnr[name]:.3f}" if name in float_psnr else "" for name in sets]
+    blank = [""] * (2 * len(sets) + 1)
+    lines.append(f"| float32 | | | {' | '.join(full + blank)} |")
+    for key, cells in scores.items():
+        sample = next(e for e in entries if e["method"] == key and e["weight_bits"] == width)
+        label = METHODS[key].label
+        values = [_cell(cells[n]) for n in sets] + [_cell(simulated[key][n]) for n in sets]
+        values += [f"{ssim[key][n].mean:.4f}" for n in sets]
+        count = len(next(iter(cells.values())).values)
+        size = f"{sample['weight_bytes']:,} + {sample['scale_bytes']:,}"
+        name = f"**{label}**" if key == DEFAULT else label
+        lines.append(f"| {name} | {rates[key]:g} | {count} | {' | '.join([*values, size])} |")
+    return [*lines, "", *_verdict(scores, sets), ""]
+
+
+def _verdict(scores: Mapping[str, Mapping[str, Cell]], sets: Sequence[str]) -> list[str]:
+    """What the table says about the default, in words that follow from its numbers."""
+    ours = scores.get(DEFAULT)
+    if ours is None:
+        return []
+    lines = []
+    rivals = {k: c for k, c in scores.items() if not METHODS[k].ours}
+    for name in sets:
+        if not rivals:
+            continue
+        best = max(rivals, key=lambda k: rivals[k][name].mean)
+        lead = ours[name].mean - rivals[best][name].mean
+        spread = max(ours[name].deviation, rivals[best][name].deviation)
+        word = "ahead of" if lead > 0 else "behind"
+        beyond = "beyond" if abs(lead) > spread else "within"
+        lines.append(
+            f"- {name}: DLS + RFA is {abs(lead):.3f} dB {word} the best rival, "
+            f"{METHODS[best].label}, {beyond} the seeds' spread ({spread:.3f} dB)."
+        )
+    return lines
+
+
+def _ablations(records: Sequence[dict[str, Any]], width: int) -> list[str]:
+    lines: list[str] = []
+    for title, variants in ablation_table(records, width).items():
+        sets = list(variants[0][1])
+        lines += [f"### {title}, {width} bits", ""]
+        lines += [f"| variant | seeds | {' | '.join(sets)} |", f"|{'---|' * (2 + len(sets))}"]
+        for label, cells in variants:
+            count = len(next(iter(cells.values())).values)
+            values = " | ".join(_cell(cells[n]) for n in sets)
+            lines.append(f"| {label} | {count} | {values} |")
+        lines.append("")
+    return lines
+
+
+def _plot(
+    records: Sequence[dict[str, Any]], width: int, float_psnr: Mapping[str, float], path: Path
+) -> bool:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scores = table(rows(records), width)
+    if not scores:
+        return False
+    sets = list(next(iter(scores.values())))
+    figure = Figure(figsize=(4.6 * len(sets), 0.34 * len(scores) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)
+    for axis, name in zip(panels[0], sets, strict=True):
+        for place, (key, cells) in enumerate(reversed(scores.items())):
+            colour = OURS if METHODS[key].ours else RIVAL
+            cell = cells[name]
+            axis.errorbar(
+                cell.mean, place, xerr=cell.deviation, fmt="o", color=colour, capsize=3, ms=6
+            )
+        axis.set_yticks(range(len(scores)), [METHODS[k].label for k in reversed(scores)])
+        title = f"{name}, W{width}A{width}"
+        if name in float_psnr:
+            title += f" (float32: {float_psnr[name]:.2f} dB)"
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("PSNR on Y of the integer network, dB")
+        axis.grid(axis="x", color="#dddddd")
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return True
+
+
+def write_page(
+    records: Sequence[dict[str, Any]],
+    folder: Path,
+    *,
+    float_psnr: Mapping[str, float],
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write `README.md` and its plots.
+
+    Args:
+        records: from `read_records`.
+        folder: where the page goes; it must exist.
+        float_psnr: PSNR of the float network by set.
+        notes: further lines for the head of the page.
+
+    Returns:
+        The page's path.
+    """
+    lines = [
+        "# Evidence: quantization methods on x2 super-resolution",
+        "",
+        "Generated from the run records in `runs/`; do not edit. Network: `mambair-tiny-x2` with "
+        "its shipped float weights. Every method trains on the same patches in the same order, "
+        f"{ITERATIONS} iterations of batch 4, with one weight step for each output channel, a "
+        "searched start, and the best of three learning rates on the first seed. PSNR is on Y "
+        "with a border of 2 pixels; *integer* is the network lowered to integer kernels, "
+        "*simulated* the fake-quantized one it was trained as.",
+        "",
+        *[f"{note}\n" for note in notes],
+    ]
+    for width in WIDTHS:
+        part = _main_table(records, width, float_psnr)
+        if part and _plot(records, width, float_psnr, folder / f"qat-x2-w{width}a{width}.png"):
+            lines += part
+            lines += [f"![PSNR of every method](qat-x2-w{width}a{width}.png)", ""]
+    ablations = [line for width in WIDTHS for line in _ablations(records, width)]
+    if ablations:
+        lines += ["## Ablations of DLS + RFA", "", *ablations]
+    seconds = fmean(r["seconds_per_step"] for r in records)
+    lines += [
+        f"Training took {seconds:.2f} seconds a step on average, one thread beside other work: the "
+        "times compare methods only roughly.",
+        "",
+    ]
+    page = folder / "README.md"
+    page.write_text("\n".join(lines))
+    return page

@@ -1,0 +1,159 @@
+"""An experiment's outcome as plain data: the paper's numbers, ours, and what is known of both."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+import qmir_ao
+from qmir_ao.recipes.experiments.benches import OpenBench, Request
+from qmir_ao.recipes.experiments.jobs import part_jobs, read_record
+from qmir_ao.recipes.experiments.published import FLOAT, Column, Row, Table, load_table
+from qmir_ao.recipes.experiments.registry import Line, get_experiment
+
+MEASURED = ("psnr", "ssim")
+"""Metrics that every run records."""
+
+Document = dict[str, Any]
+
+
+def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Request) -> Document:
+    """Read the records of an experiment and put them beside the paper's numbers.
+
+    Returns:
+        What `<experiment>.json` holds: `rows` (one for each line of the table, with its `cells`),
+        `records` (every run in full), `benches`, and the settings.
+    """
+    experiment = get_experiment(request.experiment)
+    table = load_table(experiment.table)
+    columns = [*table.columns, *_own_columns(table, benches)]
+    rows, records = [], {}
+    for line in planned:
+        found = {
+            sigma: [
+                (f"{benches[part.bench].folder.name}/{job.name}", record)
+                for job in part_jobs(part, benches[part.bench], request)
+                if (record := read_record(benches[part.bench], job)) is not None
+            ]
+            for sigma, part in line.parts.items()
+        }
+        by_sigma = {sigma: [record for _, record in named] for sigma, named in found.items()}
+        records.update(named for pairs in found.values() for named in pairs)
+        rows.append(_row(line, table, columns, by_sigma, request))
+    return {
+        "experiment": experiment.key,
+        "title": experiment.title,
+        "scale": request.scale,
+        "table": experiment.table,
+        "notes": [note for note in (table.note, experiment.note) if note],
+        "seeds": list(request.seeds),
+        "qmir_ao": qmir_ao.__version__,
+        "torch": torch.__version__,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "benches": {
+            name: {**opened.facts, **_budget(opened, request)} for name, opened in benches.items()
+        },
+        "rows": rows,
+        "records": [{"name": name, **record} for name, record in records.items()],
+    }
+
+
+def _budget(opened: OpenBench, request: Request) -> dict[str, Any]:
+    budget = opened.budget
+    facts = {
+        "iterations": budget.iterations,
+        "batch": budget.batch,
+        "patch": budget.patch,
+        "learning_rate": budget.learning_rate,
+    }
+    if request.scale == "tiny" and opened.bench.scale == 1:
+        facts["float_iterations"] = budget.float_iterations
+    return facts
+
+
+def _own_columns(table: Table, benches: dict[str, OpenBench]) -> list[Column]:
+    """Columns of test sets that the paper's table does not have."""
+    known = {column.set.casefold() for column in table.columns if column.set is not None}
+    sigmas = list(dict.fromkeys(column.sigma for column in table.columns))
+    names = dict.fromkeys(name for opened in benches.values() for name in opened.bench.sets)
+    return [
+        Column(set=name, metric=metric, sigma=sigma)
+        for name in names
+        if name.casefold() not in known
+        for metric in MEASURED
+        for sigma in sigmas
+    ]
+
+
+def _row(
+    line: Line,
+    table: Table,
+    columns: Sequence[Column],
+    records: dict[int | None, list[dict[str, Any]]],
+    request: Request,
+) -> dict[str, Any]:
+    row = line.row
+    return {
+        "part": row.part,
+        "network": row.network,
+        "method": row.method,
+        "bits": row.bits,
+        "scale": row.scale,
+        "status": line.missing or _status(line, records, request),
+        "cells": [_cell(row, table, c, records.get(c.sigma, [])) for c in columns],
+    }
+
+
+def _status(line: Line, records: dict[int | None, list[dict[str, Any]]], request: Request) -> str:
+    """How much of a row is there."""
+    is_float = all(part.method == FLOAT for part in line.parts.values())
+    wanted = len(line.parts) * (1 if is_float else len(request.seeds))
+    found = [record for group in records.values() for record in group]
+    diverged = sum("diverged" in record for record in found)
+    text = "float" if is_float else f"{len(request.seeds)} seeds"
+    if len(found) < wanted:
+        text = f"{len(found)} of {wanted} runs, the others run in another process"
+    return f"{text}, {diverged} diverged" if diverged else text
+
+
+def _cell(
+    row: Row, table: Table, column: Column, records: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    place = table.columns.index(column) if column in table.columns else None
+    scores = [s for record in records if (s := _scores(record, column)) is not None]
+    integer = [s.get(f"{column.metric}_integer", s.get(column.metric)) for s in scores]
+    simulated = [s[column.metric] for s in scores if f"{column.metric}_integer" in s]
+    return {
+        "set": column.set,
+        "metric": column.metric,
+        "sigma": column.sigma,
+        "paper": None if place is None else row.values[place],
+        "paper_std": None if place is None or row.spread is None else row.spread[place],
+        "doubts": table.reasons(row, column)
+        if place is not None and row.values[place] is not None
+        else [],
+        **summary("", integer),
+        **summary("simulated_", simulated),
+    }
+
+
+def _scores(record: dict[str, Any], column: Column) -> dict[str, float] | None:
+    """Scores of one record on the set of a column, whatever the case of its name."""
+    if column.metric not in MEASURED or column.set is None:
+        return None
+    for name, scores in record.get("sets", {}).items():
+        if name.casefold() == column.set.casefold():
+            found: dict[str, float] = scores
+            return found
+    return None
+
+
+def summary(prefix: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Values of the seeds, their mean and standard deviation (None below two)."""
+    return {
+        f"{prefix}values": list(values),
+        f"{prefix}mean": fmean(values) if values else None,
+        f"{prefix}std": stdev(values) if len(values) > 1 else None,
+    }

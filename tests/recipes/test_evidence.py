@@ -1,0 +1,145 @@
+"""The comparison of methods: its plan, its records and its page, from made-up runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qmir_ao.errors import ConfigError
+from qmir_ao.recipes.experiments import evidence, runs
+from qmir_ao.recipes.experiments.evidence_page import write_page
+from qmir_ao.recipes.experiments.methods import METHODS, get_method
+from qmir_ao.recipes.experiments.runs import Run, claim, write_record
+
+FLOAT = {"Set5": 37.12, "B100": 31.05}
+
+
+def _record(run: Run, psnr: float) -> dict:
+    scores = {"psnr": psnr + 0.01, "ssim": 0.9, "psnr_integer": psnr, "ssim_integer": 0.91}
+    return {
+        **run.__dict__,
+        "seconds_per_step": 0.1,
+        "loss": 0.02,
+        "weight_bytes": 1000,
+        "scale_bytes": 10,
+        "float_bytes": 8000,
+        "sets": {"Set5": scores, "B100": {**scores, "psnr_integer": psnr - 5}},
+    }
+
+
+def _records() -> list[dict]:
+    found = []
+    for place, key in enumerate(METHODS):
+        for rate in evidence.RATES:
+            gain = 0.1 if rate == evidence.RATES[place % 3] else 0.0
+            found.append(_record(Run(key, 2, 2, 0, learning_rate=rate), 36 + place / 100 + gain))
+        for seed in (1, 2):
+            rate = evidence.RATES[place % 3]
+            value = 36.1 + place / 100 + seed / 1000
+            found.append(_record(Run(key, 2, 2, seed, learning_rate=rate), value))
+    for run in evidence.ablation_runs(evidence.best_rates(found, 2)["dls+rfa"], 2, seeds=(0,)):
+        if run.settings:
+            found.append(_record(run, 35.5))
+    return found
+
+
+def test_names_say_everything_that_changes_a_run():
+    base = Run("lsq", 2, 2, 0)
+    others = [
+        Run("lsq+", 2, 2, 0),
+        Run("lsq", 4, 2, 0),
+        Run("lsq", 2, 4, 0),
+        Run("lsq", 2, 2, 1),
+        Run("lsq", 2, 2, 0, learning_rate=1e-3),
+        Run("lsq", 2, 2, 0, iterations=3),
+        Run("lsq", 2, 2, 0, batch=2),
+        Run("lsq", 2, 2, 0, patch=16),
+        Run("lsq", 2, 2, 0, settings={"init": "lsq"}),
+    ]
+    assert len({r.name for r in (base, *others)}) == len(others) + 1
+
+
+def test_best_rate_is_of_the_first_seed_and_the_plain_method():
+    records = _records()
+    rates = evidence.best_rates(records, 2)
+    assert rates == {key: evidence.RATES[i % 3] for i, key in enumerate(METHODS)}
+    changed = {**records[0], "settings": {"init": "lsq"}}
+    changed["sets"] = {"Set5": {**records[0]["sets"]["Set5"], "psnr_integer": 99.0}}
+    later = {**records[1], "seed": 2}
+    later["sets"] = {"Set5": {**records[1]["sets"]["Set5"], "psnr_integer": 99.0}}
+    assert evidence.best_rates([*records, changed, later], 2) == rates
+    assert not evidence.best_rates(records, 4)
+
+
+def test_plan_covers_every_method_seed_and_rate():
+    search = evidence.search_runs(4)
+    assert {(r.method, r.learning_rate) for r in search} == {
+        (m, rate) for m in METHODS for rate in evidence.RATES
+    }
+    seeds = evidence.seed_runs(dict.fromkeys(METHODS, 1e-3), 4)
+    assert len(seeds) == len(METHODS) * len(evidence.SEEDS)
+    assert len({r.name for r in (*search, *seeds)}) == len(search) + len(seeds)
+
+
+def test_rows_and_table():
+    entries = evidence.rows(_records())
+    wanted = {
+        "method", "weight_bits", "act_bits", "seed", "set", "psnr", "psnr_integer",
+        "ssim_integer", "seconds_per_step",
+    }  # fmt: skip
+    assert all(wanted <= set(e) for e in entries)
+    assert len(entries) == len(METHODS) * 3 * 2
+    scores = evidence.table(entries, 2)
+    assert next(iter(scores)) == list(METHODS)[-1]
+    first = scores["ste"]["Set5"]
+    assert len(first.values) == 3
+    assert first.mean == pytest.approx(36.101, abs=1e-4)
+    assert first.deviation == pytest.approx(0.001, abs=1e-4)
+
+
+def test_page_says_what_the_numbers_say(tmp_path: Path):
+    text = write_page(_records(), tmp_path, float_psnr=FLOAT).read_text()
+    assert "| float32 | | | 37.120 | 31.050 |" in text
+    assert "**DLS + RFA**" in text and "### DLS initialisation, 2 bits" in text
+    assert "ahead of the best rival, N2UQ, beyond the seeds' spread" in text
+    assert (tmp_path / "qat-x2-w2a2.png").stat().st_size > 10_000
+    assert not (tmp_path / "qat-x2-w4a4.png").exists()
+    worse = [
+        {**r, "sets": {n: {**s, "psnr_integer": 30.0} for n, s in r["sets"].items()}}
+        if r["method"] == "dls+rfa"
+        else r
+        for r in _records()
+    ]
+    assert "behind the best rival" in write_page(worse, tmp_path, float_psnr=FLOAT).read_text()
+
+
+def test_work_skips_what_is_done_and_survives_a_dead_worker(tmp_path: Path, monkeypatch):
+    done: list[str] = []
+    monkeypatch.setattr(runs, "open_dataset", lambda *_: None)
+    monkeypatch.setattr(
+        runs, "execute", lambda run, *_: done.append(run.name) or _record(run, 36.0)
+    )
+    plan = [Run("lsq", 2, 2, seed) for seed in range(3)]
+    write_record(tmp_path, plan[0].name, _record(plan[0], 36.0))
+    # The lock of a process that no longer runs.
+    (tmp_path / f"{plan[1].name}.lock").write_text("999999999")
+    assert runs.work(plan, None, tmp_path) == 2
+    assert done == [plan[1].name, plan[2].name]
+    assert runs.work(plan, None, tmp_path) == 0
+    assert not list(tmp_path.glob("*.lock"))
+    assert len(evidence.read_records(tmp_path)) == 3
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path: Path):
+    assert claim(tmp_path, "a")
+    assert not claim(tmp_path, "a")
+
+
+def test_errors(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no run records"):
+        evidence.read_records(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps({"method": 1})[:-3])
+    with pytest.raises(ConfigError, match="delete it"):
+        evidence.read_records(tmp_path)
+    with pytest.raises(ConfigError, match="allowed: ste, lsq"):
+        get_method("lsqq")
