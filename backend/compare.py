@@ -40,6 +40,22 @@ def _is_inside(node: Node, name: str) -> bool:
     return node.target in _BEFORE_QUANTIZE and node.meta.get(SOURCE) == name
 
 
+def _offset_of(node: Node) -> Node:
+    """The channel shift that was added to the quantizer's input."""
+    while node.target is not aten.add.Tensor:
+        node = arguments(node)[0]
+    found: Node = arguments(node)[1]
+    return found
+
+
+def _takes_border(node: Node) -> bool:
+    """Whether a node subtracts what a padded convolution loses by its channel shifts."""
+    if node.target is not aten.sub.Tensor:
+        return False
+    border = arguments(node)[1]
+    return isinstance(border, Node) and border.target is qmir.conv2d_offset.default
+
+
 def _is_first(node: Node) -> bool:
     """Whether a node takes the fake-quantizer's own input."""
     return (
@@ -117,9 +133,11 @@ class _Operator:
 
     def record(self) -> dict[str, Any]:
         """All figures of this operator."""
-        operands = self._integer_arguments()
+        operands, borders = self._integer_arguments()
         target: Any = self.node.target
         got = target(*operands)
+        for border in borders:
+            got = got - border
         want = self.values[self.source].reshape(got.shape)
         error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
         unit = self._unit(operands)
@@ -136,8 +154,11 @@ class _Operator:
             "clip_rate": self.clipped / max(self.codes, 1),
         }
 
-    def _integer_arguments(self) -> tuple[Any, ...]:
-        """Arguments of the lowered operator, with codes made from what the prepared one saw."""
+    def _integer_arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """Arguments of the lowered operator, with codes made from what the prepared one saw.
+
+        Also what the graph takes from its result for the channel shifts of a padded convolution.
+        """
         done: dict[Node, Any] = {}
 
         def value(node: Node) -> Any:
@@ -165,7 +186,9 @@ class _Operator:
             done[node] = result
             return result
 
-        return tuple(value(a) if isinstance(a, Node) else a for a in arguments(self.node))
+        operands = tuple(value(a) if isinstance(a, Node) else a for a in arguments(self.node))
+        takers = [u for u in self.node.users if self.kind == "conv2d" and _takes_border(u)]
+        return operands, [value(arguments(u)[1]) for u in takers]
 
     def _quantize_node_of(self, qparams: Node) -> Node:
         """The quantize node that uses a predicted step."""
@@ -190,6 +213,9 @@ class _Operator:
         origin, seen = arguments(node)[0], self.values[fake]
         if _is_inside(origin, node.meta[SOURCE]):
             x = value(origin)
+            module: Any = module_of(self.prepared, fake)
+            if getattr(module, "channel_dim", None) is not None:
+                seen = seen + value(_offset_of(origin))
         codes: Tensor = qmir.dls_quantize(x, step, shift, low, high)
         per_group = step.numel() in (1, x.shape[0])
         wide = (-1, *([1] * (x.dim() - 1))) if per_group else (*x.shape[:-1], 1)

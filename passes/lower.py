@@ -7,17 +7,20 @@ import torch
 from torch.fx import GraphModule, Node
 
 import qmir_ao.ops.conv2d
+import qmir_ao.ops.conv2d_offset
 import qmir_ao.ops.dls_fake_quant
 import qmir_ao.ops.linear
 import qmir_ao.ops.selective_scan
 import qmir_ao.ops.selective_scan_q  # noqa: F401  (define the operators named below)
 from qmir_ao.passes.base import Pass
+from qmir_ao.passes.offsets import conv_bias, linear_bias
 from qmir_ao.quant.patterns import arguments, module_path
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
 
 SOURCE = "qmir_source"
 """Key of `node.meta`: the node of the prepared graph that a lowered node stands for."""
+BORDER_REASON = "takes the channel shifts away, less at a zero-padded border"
 REASON = "qmir_float_reason"
 """Key of `node.meta`: why a quantizable operator stays in float."""
 
@@ -28,6 +31,15 @@ def codes_of(node: Any) -> tuple[Node, Node, Node] | None:
         codes, step, shift = arguments(node)
         return codes, step, shift
     return None
+
+
+def without_offset(node: Any) -> tuple[Any, Node | None]:
+    """The dequantized value and what is subtracted from it for each channel, or None."""
+    if isinstance(node, Node) and node.target in _SUBTRACTIONS:
+        value, offset = arguments(node)[:2]
+        if isinstance(offset, Node) and codes_of(value) is not None:
+            return value, offset
+    return node, None
 
 
 def weight_of(node: Any) -> tuple[Any, ...] | None:
@@ -49,6 +61,9 @@ def code_width(codes: Node) -> int:
     return (high - low).bit_length()
 
 
+_SUBTRACTIONS = (aten.sub.Tensor, operator.sub, torch.sub)
+
+
 def _finish(node: Node, new: Node, lowered: Node, act_bits: int, levels_bits: int | None) -> None:
     path = str(node.meta.get("qmir_module") or module_path(node))
     new.meta = {k: v for k, v in node.meta.items() if k != REASON}
@@ -65,7 +80,8 @@ def _finish(node: Node, new: Node, lowered: Node, act_bits: int, levels_bits: in
 
 def _both(node: Node) -> tuple[Any, Any] | None:
     """Codes and weight of a linear or convolution node; notes the reason where one is missing."""
-    x, w = codes_of(arguments(node)[0]), weight_of(arguments(node)[1])
+    x = codes_of(without_offset(arguments(node)[0])[0])
+    w = weight_of(arguments(node)[1])
     if x is None and w is None:
         return None
     if x is None or w is None:
@@ -146,7 +162,10 @@ class LowerLinear(Pass):
                 continue
             x, (packed, step, shift, size, bits) = operands
             bias = arguments(node)[2] if len(arguments(node)) > 2 else None
+            _, offset = without_offset(arguments(node)[0])
             with graph_module.graph.inserting_before(node):
+                if offset is not None:
+                    bias = linear_bias(graph_module, bias, offset, arguments(node)[1])
                 new = graph_module.graph.call_function(
                     qmir.linear.default, (*x, packed, step, shift, bias, bits, size[0])
                 )
@@ -178,7 +197,7 @@ class LowerConv(Pass):
             if operands is None:
                 continue
             with graph_module.graph.inserting_before(node):
-                new, lowered = _lower_conv(graph_module.graph, node, operands, rank)
+                new, lowered = _lower_conv(graph_module, node, operands, rank)
             x, (_, _, _, _, bits) = operands
             _finish(node, new, lowered, code_width(x[0]), bits)
             changed += 1
@@ -186,9 +205,10 @@ class LowerConv(Pass):
 
 
 def _lower_conv(
-    graph: torch.fx.Graph, node: Node, operands: tuple[Any, Any], rank: int
+    graph_module: GraphModule, node: Node, operands: tuple[Any, Any], rank: int
 ) -> tuple[Node, Node]:
     (codes, x_step, x_shift), (packed, step, shift, size, bits) = operands
+    graph = graph_module.graph
     defaults = (None, None, None, [1] * rank, [0] * rank, [1] * rank, 1)
     args = (*arguments(node), *defaults[len(arguments(node)) :])
     bias, stride, padding, dilation, groups = args[2:7]
@@ -197,27 +217,28 @@ def _lower_conv(
         codes = graph.call_function(aten.unsqueeze.default, (codes, 2))
         size = [*size[:2], 1, size[2]]
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
+    geometry = (list(stride), list(padding), list(dilation))
+    _, offset = without_offset(arguments(node)[0])
+    border = None
+    if offset is not None and any(padding):
+        border = graph.call_function(
+            qmir.conv2d_offset.default,
+            (codes, offset, packed, step, shift, bits, size, *geometry, groups),
+        )
+        path = str(node.meta.get("qmir_module") or module_path(node))
+        border.meta.update({REASON: BORDER_REASON, "qmir_module": path})
+    elif offset is not None:
+        bias = conv_bias(graph_module, bias, offset, arguments(node)[1], size, groups)
     lowered = graph.call_function(
         qmir.conv2d.default,
-        (
-            codes,
-            x_step,
-            x_shift,
-            packed,
-            step,
-            shift,
-            bias,
-            bits,
-            size,
-            list(stride),
-            list(padding),
-            list(dilation),
-            groups,
-        ),
+        (codes, x_step, x_shift, packed, step, shift, bias, bits, size, *geometry, groups),
     )
+    result = lowered
+    if border is not None:
+        result = graph.call_function(aten.sub.Tensor, (lowered, border))
     if rank == 1:
-        return graph.call_function(aten.squeeze.dim, (lowered, 2)), lowered
-    return lowered, lowered
+        return graph.call_function(aten.squeeze.dim, (result, 2)), lowered
+    return result, lowered
 
 
 class LowerScan(Pass):

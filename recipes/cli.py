@@ -19,6 +19,7 @@ from qmir_ao.recipes.commands.evaluate import evaluate
 from qmir_ao.recipes.commands.info import info
 from qmir_ao.recipes.commands.quantize import quantize
 from qmir_ao.recipes.commands.recipes import recipes
+from qmir_ao.recipes.commands.reproduce import reproduce
 from qmir_ao.recipes.commands.restore import restore
 from qmir_ao.recipes.commands.run import run
 from qmir_ao.recipes.commands.train import train
@@ -48,6 +49,7 @@ app.command("eval")(evaluate)
 app.command()(restore)
 app.command()(recipes)
 app.command()(run)
+app.command()(reproduce)
 app.command()(info)
 app.command()(doctor)
 

@@ -18,10 +18,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
-    exec(compile(blocks("python")[0], "README.md", "exec"), scope)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), scope)
     image = scope["image"]
     assert isinstance(image, torch.Tensor)
     assert image.shape == (1, 3, 96, 128)
@@ -39,16 +40,23 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^{name}:", makefile, flags=re.MULTILINE) for name in named)
 
 
+def options(name: str) -> set[str]:
+    """Options of a subcommand."""
+    sub = get_command(app).commands[name]  # type: ignore[attr-defined]
+    return {option for param in sub.params for option in param.opts}
+
+
 def test_commands_and_options_exist() -> None:
-    command = get_command(app)
-    lines = [
-        line.split("#")[0].split()[1:]
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if line.startswith("qmir ")
-    ]
-    assert len(lines) >= 5
-    for name, *arguments in lines:
-        sub = command.commands[name]  # type: ignore[attr-defined]
-        known = {option for param in sub.params for option in param.opts}
-        assert {word for word in arguments if word.startswith("-")} <= known
+    text = "\n".join(blocks("bash"))
+    lines = re.findall(r"^(?:qmir|torchrun .*-m qmir_ao\.recipes\.cli) (.*)$", text, re.MULTILINE)
+    assert len(lines) >= 8
+    for name, *arguments in (line.split("#")[0].split() for line in lines):
+        assert {word for word in arguments if word.startswith("-")} <= options(name)
+
+
+def test_options_of_training_exist_where_the_table_says() -> None:
+    rows = re.findall(r"^\| `(--[a-z0-9-]+)[^|]*\|[^|]*\|([^|]*)\|$", README, re.MULTILINE)
+    assert len(rows) >= 6
+    for option, commands in rows:
+        where = [name for name in ("train", "quantize", "run") if option in options(name)]
+        assert re.findall(r"`([a-z]+)`", commands) == where

@@ -34,8 +34,9 @@ def quantize_dequantize(
     grid: tuple[Node, Node],
     quant_min: int,
     quant_max: int,
+    offset: Node | None = None,
 ) -> None:
-    """Emit `dls_dequantize(dls_quantize(x))` on the given step and shift, in place of `node`."""
+    """Emit `dls_dequantize(dls_quantize(x)) - offset` on the given grid, in place of `node`."""
     graph, qmir = graph_module.graph, torch.ops.qmir
     source = node.all_input_nodes[0]
     codes = graph.call_function(qmir.dls_quantize.default, (source, *grid, quant_min, quant_max))
@@ -43,4 +44,6 @@ def quantize_dequantize(
     codes.meta["qmir_source"] = values.meta["qmir_source"] = node.name
     if "nn_module_stack" in node.meta:
         codes.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    if offset is not None:
+        values = graph.call_function(torch.ops.aten.sub.Tensor, (values, offset))
     put_in_place(graph_module, node, values)

@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qmir_ao.errors import ConfigError, QmirError
@@ -20,7 +20,7 @@ from qmir_ao.quant.init import (
     named_preset,
     searched_scalars,
 )
-from qmir_ao.quant.patterns import LINEAR, is_constant
+from qmir_ao.quant.patterns import CONV, CONV_1D, LINEAR, is_constant
 from qmir_ao.quant.spec import check_bits, choose, code_range
 
 PRESETS: dict[str | None, dict[str, Any]] = {
@@ -28,6 +28,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "init": "mse",
         "per_tensor": False,
         "per_token": True,
+        "channel_shift": True,
         "cap": False,
         "clamp_output": False,
         "signed": "always",
@@ -36,6 +37,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "init": "mu3s",
         "per_tensor": False,
         "per_token": False,
+        "channel_shift": False,
         "cap": False,
         "clamp_output": False,
         "signed": "always",
@@ -44,6 +46,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "init": "mu3s",
         "per_tensor": True,
         "per_token": False,
+        "channel_shift": False,
         "cap": True,
         "clamp_output": True,
         "signed": "auto",
@@ -67,6 +70,9 @@ class DLSFakeQuantize(QmirFakeQuantize):
         per_tensor: statistics over the whole batch instead of per sample.
         per_token: statistics of each token (row of the last dimension) on its own, where nothing
             but linear layers reads the tensor: each of their sums then has one step for its inputs.
+        channel_shift: learn one more shift for each channel of what linear layers or convolutions
+            read, from the negative channel mean: levels are then not spent on constant offsets
+            between channels. Lowering turns it into a bias.
         cap: limit the step to (max - min) / 2**bits. At 2 bits this stops the scale from learning.
         clamp_output: clip to the input's own range; the result then leaves the integer grid.
         signed: "always", or "auto" (decided by the first training batch, unsigned until then).
@@ -90,6 +96,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
         init: str | None = None,
         per_tensor: bool | None = None,
         per_token: bool | None = None,
+        channel_shift: bool | None = None,
         cap: bool | None = None,
         clamp_output: bool | None = None,
         signed: str | None = None,
@@ -100,6 +107,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
             "init": init,
             "per_tensor": per_tensor,
             "per_token": per_token,
+            "channel_shift": channel_shift,
             "cap": cap,
             "clamp_output": clamp_output,
             "signed": signed,
@@ -116,11 +124,14 @@ class DLSFakeQuantize(QmirFakeQuantize):
             raise ConfigError("DLSFakeQuantize: per_tensor and per_token exclude each other")
         self.per_token = settings["per_token"] and not self.per_tensor
         self.tokens = False
+        self.has_channel_shift = settings["channel_shift"]
+        self.channel_dim: int | None = None
         self.clamp_output = settings["clamp_output"]
         self.register_buffer("signed_range", torch.tensor([int(is_signed)], dtype=torch.uint8))
         start = self._start()
         self.scale_weights = parameter(start.scale_weights, factory_kwargs)
         self.shift_weights = parameter(start.shift_weights, factory_kwargs)
+        self.channel_shift: nn.Parameter | None = None
         self.to(self.scale_weights.device)
         if self.init != "mse" and self.signed == "always":
             self.mark_initialized()
@@ -144,8 +155,39 @@ class DLSFakeQuantize(QmirFakeQuantize):
         return 1 if self.per_tensor or x.dim() == 0 else x.shape[0]
 
     def attach(self, kinds: set[str]) -> None:
-        """Take statistics of each token where nothing but linear layers reads the tensor."""
+        """Find out what a token and a channel are from what reads the tensor."""
         self.tokens = self.per_token and kinds == {LINEAR.kind}
+        axes = {LINEAR.kind: -1, CONV.kind: 1}
+        if not self.has_channel_shift or len(kinds) != 1 or next(iter(kinds)) not in axes:
+            return
+        self.channel_dim = axes[next(iter(kinds))]
+        if self.channel_shift is None:
+            # One element until a first batch or a checkpoint tells the number of channels.
+            self.channel_shift = nn.Parameter(torch.zeros_like(self.scale_weights[:1]))
+            self.initialized.zero_()
+            self._ready = False
+
+    def may_resize(self, name: str, saved: Tensor) -> bool:
+        """The channel shift takes the number of channels that a checkpoint brings."""
+        return name == "channel_shift" and saved.dim() == 1
+
+    def _offset(self, x: Tensor) -> Tensor:
+        """The channel shift in the rank of `x`."""
+        assert self.channel_shift is not None and self.channel_dim is not None
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = -1
+        return self.channel_shift.reshape(shape)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        """`x` plus the channel shift."""
+        return x if self.channel_dim is None else x + self._offset(x)
+
+    def _centre(self, x: Tensor) -> None:
+        """Start the channel shift at the negative channel means of a first batch."""
+        if self.channel_dim is None or self.channel_shift is None or x.dim() < 2:
+            return
+        others = [i for i in range(x.dim()) if i != self.channel_dim % x.dim()]
+        self.channel_shift.data = -x.detach().double().mean(others).to(self.channel_shift)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """`x` as the operators take it: dim 0 counts what has statistics of its own."""
@@ -163,15 +205,17 @@ class DLSFakeQuantize(QmirFakeQuantize):
             NonFiniteError: `x` holds NaN or infinity.
         """
         if self._calibrating:
-            self.observe(self._grouped(x))
-            return x
+            return self._collect(x)
         if not self._ready and self.training and self._observing:
-            self.initialize(self._grouped(x))
+            self.initialize(x)
         if not self._quantizing:
             return x
-        rows = self._grouped(x)
+        y = self._quantize(self._centred(x))
+        return y if self.channel_dim is None else y - self._offset(x)
+
+    def _quantize(self, x: Tensor) -> Tensor:
         y = dls_fake_quant(
-            rows,
+            self._grouped(x),
             self.scale_weights,
             self.shift_weights,
             self.quant_min,
@@ -182,6 +226,14 @@ class DLSFakeQuantize(QmirFakeQuantize):
         )
         return y.reshape(x.shape)
 
+    @torch.no_grad()
+    def _collect(self, x: Tensor) -> Tensor:
+        """Keep a sample of `x` for calibration; its first batch gives the channel shift."""
+        if self._seen == 0 and x.numel():
+            self._centre(x)
+        self.observe(self._grouped(self._centred(x)))
+        return x
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -189,15 +241,21 @@ class DLSFakeQuantize(QmirFakeQuantize):
         if x.numel() == 0:
             return
         check_finite("dls_fake_quant", "x", x)
+        self._centre(x)
+        self.start_from(self._grouped(self._centred(x)))
+
+    @torch.no_grad()
+    def start_from(self, rows: Tensor) -> None:
+        """Set the scalars from values of which dim 0 counts what has statistics of its own."""
         if self.signed == "auto":
-            self.signed_range.fill_(int(float(x.min()) < SIGNED_BELOW))
+            self.signed_range.fill_(int(float(rows.min()) < SIGNED_BELOW))
             self.quant_min, self.quant_max = code_range(self.bits, bool(self.signed_range[0]))
         if self.init in NAMED_PRESETS:
             found = self._start()
         elif self.init == "closed_form":
             found = closed_form(self.bits, self.quant_min)
         else:
-            found = searched_scalars(x, self.bits, self.quant_min, self.per_tensor)
+            found = searched_scalars(rows, self.bits, self.quant_min, self.per_tensor)
         self.scale_weights.copy_(found.scale_weights)
         self.shift_weights.copy_(found.shift_weights)
         self.mark_initialized()
@@ -244,21 +302,38 @@ class DLSFakeQuantize(QmirFakeQuantize):
                 )
                 new.meta["qmir_source"] = node.name
                 return put_in_place(model, node, new)
-            rows = source
+            offset = self._emit_offset(model, node)
+            rows = source = node.all_input_nodes[0]
             if self.tokens:
                 rows = graph.call_function(torch.ops.aten.flatten.using_ints, (source, 0, -2))
                 rows.meta["qmir_source"] = node.name
             predicted = graph.call_function(qmir.dls_qparams.default, (rows, *scalars, *settings))
             step = graph.call_function(operator.getitem, (predicted, 0))
             shift = graph.call_function(operator.getitem, (predicted, 1))
-            quantize_dequantize(model, node, (step, shift), self.quant_min, self.quant_max)
+            limits = (self.quant_min, self.quant_max)
+            quantize_dequantize(model, node, (step, shift), *limits, offset)
         return None
+
+    def _emit_offset(self, model: GraphModule, node: Node) -> Node | None:
+        """Add the channel shift to the quantizer's input in the graph; return its node."""
+        if self.channel_dim is None or self.channel_shift is None:
+            return None
+        shift, source = self.channel_shift.detach(), node.all_input_nodes[0]
+        if self.channel_dim == 1 and shift.numel() > 1:
+            one_dimensional = any(user.target in CONV_1D for user in node.users)
+            shift = shift.reshape(-1, *[1] * (1 if one_dimensional else 2))
+        (offset,) = constants(model, node, channel_shift=shift)
+        added = model.graph.call_function(torch.ops.aten.add.Tensor, (source, offset))
+        added.meta["qmir_source"] = node.name
+        node.replace_input_with(source, added)
+        return offset
 
     def extra_repr(self) -> str:
         """Settings, for printing a model."""
         return (
             f"bits={self.bits}, preset={self.preset!r}, init={self.init!r}, "
-            f"per_tensor={self.per_tensor}, per_token={self.per_token}, cap={self.cap}, "
+            f"per_tensor={self.per_tensor}, per_token={self.per_token}, "
+            f"channel_shift={self.has_channel_shift}, cap={self.cap}, "
             f"clamp_output={self.clamp_output}, "
             f"signed={self.signed!r}, constant={self.constant}"
         )

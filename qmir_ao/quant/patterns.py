@@ -55,6 +55,7 @@ SCAN = Pattern(
     (0, 1, 2, 3, 4, 5, 6),
     None,
 )
+CONV_1D = (aten.conv1d.default, aten.conv1d.padding, F.conv1d)
 PATTERNS = (LINEAR, CONV, SCAN)
 _BY_TARGET = {target: p for p in PATTERNS for target in p.targets}
 

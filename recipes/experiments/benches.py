@@ -10,7 +10,7 @@ from torch import nn
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.checkpoint import digest_weights
-from qmir_ao.recipes.experiments.published import load_table
+from qmir_ao.recipes.experiments.published import FLOAT, load_table
 from qmir_ao.recipes.experiments.registry import (
     SCALES,
     Budget,
@@ -137,7 +137,7 @@ def plan(request: Request) -> list[Line]:
 
 
 def _tiny(line: Line) -> Line:
-    if line.row.scale in (None, TINY_SCALE):
+    if line.missing or line.row.scale in (None, TINY_SCALE):
         return line
     return without(line, f"not run: the tiny network enlarges {TINY_SCALE} times")
 
@@ -161,15 +161,12 @@ def _check_full(request: Request, experiment: Experiment, planned: list[Line]) -
     names = bench_names(planned)
     if not names:
         return
+    trained = any(part.method != FLOAT for line in planned for part in line.parts.values())
     missing = []
-    if not request.train:
+    if trained and not request.train:
         missing.append("training images: --train FOLDER")
     missing += [f"{f}: no such folder (--train)" for f in request.train if not f.is_dir()]
-    known = {test.name.casefold() for test in request.sets}
-    wanted = [c.set for c in load_table(experiment.table).columns if c.set not in SERVER_ONLY]
-    for name in dict.fromkeys(name for name in wanted if name is not None):
-        if name.casefold() not in known:
-            missing.append(f"test set {name}: --sets {name}=FOLDER[:INPUTS] (or {name}=none)")
+    missing += _missing_sets(request, experiment)
     for test in request.sets:
         if test.folder is not None and not test.folder.exists():
             missing.append(f"{test.folder}: no such folder (--sets {test.name}=...)")
@@ -181,10 +178,25 @@ def _check_full(request: Request, experiment: Experiment, planned: list[Line]) -
             missing.append(f"{path}: no such file (--weights {name}=...)")
     if missing:
         raise ConfigError(
-            f"reproduce {experiment.key} --scale full lacks {len(missing)} things:\n  "
+            f"reproduce {experiment.key} --scale full lacks {len(missing)} of what it needs:\n  "
             + "\n  ".join(missing)
             + "\nGive them, or run --scale tiny, which needs none."
         )
+
+
+def _missing_sets(request: Request, experiment: Experiment) -> list[str]:
+    columns = load_table(experiment.table).columns
+    wanted = experiment.sets
+    if wanted is None:
+        wanted = tuple(c.set for c in columns if c.set is not None and c.set not in SERVER_ONLY)
+    if not wanted and not any(test.folder for test in request.sets):
+        return ["test images: --sets NAME=FOLDER[:INPUTS]"]
+    known = {test.name.casefold() for test in request.sets}
+    return [
+        f"test set {name}: --sets {name}=FOLDER[:INPUTS] (or {name}=none)"
+        for name in dict.fromkeys(wanted)
+        if name.casefold() not in known
+    ]
 
 
 def open_bench(name: str, request: Request, progress: Progress | None = None) -> OpenBench:

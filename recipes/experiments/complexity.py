@@ -35,7 +35,7 @@ def operations(model: nn.Module, side: int = SIDE) -> dict[str, int]:
     """
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     ghost = copy.deepcopy(model).to("meta").eval()
-    scan = torch.ops.qmir.selective_scan.default
+    scan = torch.ops.qmir.selective_scan
     with FlopCounterMode(display=False, custom_mapping={scan: _scan}) as counter, torch.no_grad():
         ghost(torch.empty(1, first.in_channels, side, side, device="meta"))
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
@@ -53,7 +53,7 @@ def _scan(u: torch.Size, delta: torch.Size, a: torch.Size, *rest: Any, **more: A
 def equivalent_parameters(total: int, record: dict[str, Any]) -> float:
     """Parameters of a lowered network, its packed weights and scales counted as 32-bit ones."""
     stored = record["weight_bytes"] + record["scale_bytes"]
-    return total - record["float_bytes"] / 4 + stored / 4
+    return float(total - record["float_bytes"] / 4 + stored / 4)
 
 
 def fill(

@@ -64,7 +64,6 @@ def part_jobs(part: Part, opened: OpenBench, request: Request) -> list[Job]:
                 batch=budget.batch,
                 patch=budget.patch,
                 settings=part.settings,
-                group=request.experiment,
             ),
         )
         for seed in request.seeds

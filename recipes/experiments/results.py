@@ -11,7 +11,7 @@ import qmir_ao
 from qmir_ao.recipes.experiments.benches import OpenBench, Request
 from qmir_ao.recipes.experiments.jobs import part_jobs, read_record
 from qmir_ao.recipes.experiments.published import FLOAT, Column, Row, Table, load_table
-from qmir_ao.recipes.experiments.registry import Line, get_experiment
+from qmir_ao.recipes.experiments.registry import Experiment, Line, get_experiment
 
 MEASURED = ("psnr", "ssim")
 """Metrics that every run records."""
@@ -29,7 +29,8 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
     experiment = get_experiment(request.experiment)
     table = load_table(experiment.table)
     columns = [*table.columns, *_own_columns(table, benches)]
-    rows, records = [], {}
+    rows: list[dict[str, Any]] = []
+    records: dict[str, dict[str, Any]] = {}
     for line in planned:
         found = {
             sigma: [
@@ -47,7 +48,7 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
         "title": experiment.title,
         "scale": request.scale,
         "table": experiment.table,
-        "notes": [note for note in (table.note, experiment.note) if note],
+        "notes": [note for note in _notes(table, experiment) if note],
         "seeds": list(request.seeds),
         "qmir_ao": qmir_ao.__version__,
         "torch": torch.__version__,
@@ -58,6 +59,11 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
         "rows": rows,
         "records": [{"name": name, **record} for name, record in records.items()],
     }
+
+
+def _notes(table: Table, experiment: Experiment) -> tuple[str, ...]:
+    # A figure takes some rows of a table only, which its note may not be about.
+    return (table.note if experiment.key == experiment.table else "", experiment.note)
 
 
 def _budget(opened: OpenBench, request: Request) -> dict[str, Any]:
@@ -101,6 +107,7 @@ def _row(
         "method": row.method,
         "bits": row.bits,
         "scale": row.scale,
+        "ran": bool(line.parts),
         "status": line.missing or _status(line, records, request),
         "cells": [_cell(row, table, c, records.get(c.sigma, [])) for c in columns],
     }

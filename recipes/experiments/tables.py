@@ -92,8 +92,8 @@ def _header(document: Document) -> list[str]:
     lines.append(
         "Ours are means (and standard deviations) over the seeds "
         f"{', '.join(map(str, document['seeds']))}, of the network as it runs in integers; "
-        '"simulated" is the fake-quantized one. LPIPS, operations of quantized networks and '
-        "latency are not measured."
+        '"simulated" is the fake-quantized one. Not built: LPIPS, operations of quantized '
+        "networks, latency on a Jetson."
     )
     for name, facts in document["benches"].items():
         lines.append(
@@ -149,21 +149,22 @@ def _metric(
     header, getters = ["method", "bits"], []
     for place in places:
         cells = [row["cells"][place] for row in rows]
-        label = _label(cells[0])
+        name = label(cells[0])
         for kind, key in (("paper", "paper"), ("ours", "mean"), ("simulated", "simulated_mean")):
             if any(cell[key] is not None for cell in cells):
-                header.append(f"{label} {kind}".strip())
+                header.append(f"{name} {kind}".strip())
                 getters.append((place, kind))
     body = []
     for row in rows:
         shown = [_shown(metric, row["cells"][place], kind, notes) for place, kind in getters]
-        body.append([row["method"], row["bits"].replace("32/32", "float"), *shown, row["status"]])
+        body.append([row["method"], row["bits"], *shown, row["status"]])
     return table([*header, "our runs"], body)
 
 
-def _label(cell: dict[str, Any]) -> str:
-    label = cell["set"] or ""
-    return label if cell["sigma"] is None else f"{label} sigma {cell['sigma']}"
+def label(cell: dict[str, Any]) -> str:
+    """Set of a cell, and its noise level if it has one."""
+    name = cell["set"] or ""
+    return name if cell["sigma"] is None else f"{name} sigma {cell['sigma']}"
 
 
 def _shown(metric: str, cell: dict[str, Any], kind: str, notes: Footnotes) -> str:

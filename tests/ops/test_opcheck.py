@@ -98,6 +98,9 @@ CASES: Cases = {
         (codes(2, 6, 6, 7), *grid(2), packed(4, 3, 3, 3), *grid(4, n), bias, *GEOMETRY)
         for n, bias in ((1, torch.randn(4)), (4, None))
     ],
+    "conv2d_offset": lambda: [
+        (codes(2, 6, 6, 7), torch.randn(6, 1, 1), packed(4, 3, 3, 3), *grid(4, 1), *GEOMETRY)
+    ],
     "conv2d_acc": lambda: [(codes(2, 6, 6, 7), packed(4, 3, 3, 3), *GEOMETRY)],
     "selective_scan": lambda: [scan(optional, grad=True) for optional in (True, False)],
     "selective_scan_backward": lambda: [

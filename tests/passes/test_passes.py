@@ -11,7 +11,14 @@ from torch.fx import GraphModule
 import qmir_ao
 from qmir_ao.errors import PassOrderError
 from qmir_ao.passes.fold import FoldConstants, FoldWeights
-from qmir_ao.passes.lower import DecomposeFakeQuantize, LowerConv, LowerLinear, LowerScan
+from qmir_ao.passes.lower import (
+    BORDER_REASON,
+    REASON,
+    DecomposeFakeQuantize,
+    LowerConv,
+    LowerLinear,
+    LowerScan,
+)
 from qmir_ao.passes.normalize import InlineModules, NormalizeOperators
 from qmir_ao.passes.pipeline import COMPILE, CPU, check_order, run_passes
 
@@ -145,6 +152,9 @@ def test_operators_become_integer_ones(name: str, capture: str) -> None:
     assert one.rewrite(graph) == expected
     graph.graph.eliminate_dead_code()
     assert count(graph, new) == expected
+    borders = [n for n in graph.graph.nodes if n.target is qmir.conv2d_offset.default]
+    assert len(borders) == (2 if name == "LowerConv" else 0)
+    assert all(n.meta[REASON] == BORDER_REASON for n in borders)
     assert count(graph, old) == kept
 
 

@@ -1,0 +1,179 @@
+"""The channel shift of DLS: what it removes, and how lowering turns it into biases."""
+
+import pytest
+import torch
+from support.models import train_step
+from torch import Tensor, nn
+
+import qmir_ao
+from qmir_ao.ops.conv2d_offset import conv2d_offset
+from qmir_ao.ops.pack import pack
+from qmir_ao.quant.fake_quant import DLSFakeQuantize
+
+
+def _attached(kind: str, bits: int = 2, **settings) -> DLSFakeQuantize:
+    module = DLSFakeQuantize(bits, per_token=False, **settings).train()
+    module.attach({kind})
+    return module
+
+
+def test_levels_are_not_spent_on_channel_means():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 30, 30) * 0.1 + torch.linspace(-3, 3, 8).reshape(1, 8, 1, 1)
+    errors = {}
+    for shifted in (False, True):
+        module = _attached("conv", channel_shift=shifted)
+        with torch.no_grad():
+            errors[shifted] = float((module(x) - x).square().mean())
+    assert errors[True] < 0.05 * errors[False]
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("conv", 1), ("linear", -1)])
+def test_starts_at_the_negative_channel_mean(kind, axis):
+    torch.manual_seed(0)
+    x, module = torch.randn(3, 5, 6, 7), _attached(kind, 4)
+    module(x)
+    others = [i for i in range(4) if i != axis % 4]
+    assert torch.allclose(module.channel_shift, -x.mean(others), atol=1e-6)
+    assert int(module.initialized) == 1
+    y = module(x)
+    y.square().sum().backward()
+    assert module.channel_shift.grad is not None
+
+
+def test_absent_where_a_scan_reads_along_and_in_the_presets():
+    for kinds in ({"conv", "selective_scan"}, {"selective_scan"}, set()):
+        module = DLSFakeQuantize(4)
+        module.attach(kinds)
+        assert module.channel_shift is None
+    for preset in ("paper", "official"):
+        module = DLSFakeQuantize(4, preset=preset)
+        module.attach({"linear"})
+        assert module.channel_shift is None and not module.tokens
+
+
+def test_a_named_preset_waits_for_the_means_and_a_checkpoint_brings_them():
+    x = torch.randn(2, 6, 5) + 4
+    module = _attached("linear", 4, init="mu3s")
+    assert int(module.initialized) == 0
+    module(x)
+    assert int(module.initialized) == 1
+    fresh = _attached("linear", 4, init="mu3s")
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh.eval()(x), module.eval()(x))
+
+
+class Convs(nn.Module):
+    """Convolutions of every kind that lowering tells apart, between two float ones."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.padded = nn.Conv2d(8, 12, 3, padding=1, bias=bias)
+        self.strided = nn.Conv2d(12, 8, (3, 1), stride=2, padding=(2, 0), groups=4, bias=bias)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=bias)
+        self.point = nn.Conv2d(8, 8, 1, bias=bias)
+        self.line = nn.Conv1d(8, 8, 3, padding=1, groups=2, bias=bias)
+        self.token = nn.Linear(8, 8, bias=bias)
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.strided(torch.relu(self.padded(self.first(x)))))
+        x = self.point(torch.relu(self.depthwise(x)))
+        y = torch.relu(self.line(torch.relu(x.flatten(2))))
+        y = self.token(y.transpose(1, 2)).transpose(1, 2)
+        return self.last(y.reshape(x.shape))
+
+
+@pytest.mark.parametrize("capture", ["fx", "export"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_becomes_biases_and_borders(capture, bias, bits, tmp_path):
+    torch.manual_seed(bits)
+    x = torch.randn(2, 3, 11, 9)
+    example = (x[:1],) if capture == "export" else None
+    prepared = qmir_ao.prepare_qat(Convs(bias), qmir_ao.get_qmir_qconfig(bits, bits), example)
+    train_step(prepared, x)
+    shifts = [m for m in prepared.modules() if getattr(m, "channel_shift", None) is not None]
+    assert len(shifts) == 6
+    lowered = qmir_ao.convert_and_lower(prepared.eval())
+    for z in (x, torch.randn(1, 3, 7, 16)):
+        records = qmir_ao.compare(prepared, lowered, z)
+        assert len(records) == 6
+        for record in records:
+            assert record["acc_equal"]
+            assert record["code_mismatches"] <= record["boundary_mismatches"]
+            # Half a unit in the last place of sums of up to 108 * 2**16 steps.
+            assert record["max_error_steps"] < 0.5
+    qmir_ao.save(lowered, tmp_path / "model")
+    loaded = qmir_ao.load(tmp_path / "model")
+    assert torch.equal(loaded(x), lowered(x))
+    assert qmir_ao.compare(prepared, loaded, x) == qmir_ao.compare(prepared, lowered, x)
+
+
+@pytest.mark.slow
+def test_compiled_prepared_network():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    x = torch.randn(1, 3, 11, 9)
+    prepared = qmir_ao.prepare_qat(Convs(True), qmir_ao.get_qmir_qconfig(8, 8), (x,))
+    prepared(x)
+    prepared.eval()
+    with torch.no_grad():
+        got, want = torch.compile(prepared, backend="qmir")(x), prepared(x)
+    # A code that flips at a rounding boundary moves a few values.
+    error = (got - want).abs()
+    assert float((error < 1e-3 * want.abs().max()).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("single", [True, False])
+def test_offset_operator_against_a_float_convolution(groups, single):
+    torch.manual_seed(groups)
+    size = [16, 8 // groups, 3, 2]
+    weight = torch.randint(-8, 8, size, dtype=torch.int8)
+    step, shift = torch.rand(16) + 0.1, torch.randn(1)
+    offset = torch.randn(1 if single else 8)
+    geometry = {"stride": [2, 1], "padding": [2, 1], "dilation": [1, 2], "groups": groups}
+    codes = torch.zeros(3, 8, 7, 6, dtype=torch.int8)
+    got = conv2d_offset(
+        codes, offset, pack(weight, 4), step, shift, bits=4, weight_size=size, **geometry
+    )
+    values = step.double().reshape(-1, 1, 1, 1) * weight.double() - shift.double()
+    image = offset.double().reshape(1, -1, 1, 1).expand(1, 8, 7, 6)
+    want = torch.nn.functional.conv2d(image, values, None, *geometry.values())
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    with pytest.raises(RuntimeError, match="conv2d_offset: codes must be"):
+        conv2d_offset(
+            codes[:, :5], offset, pack(weight, 4), step, shift, bits=4, weight_size=size, **geometry
+        )
+
+
+def test_a_wrong_border_is_noticed(monkeypatch):
+    """The mutation: constants instead of borders, as if every tap lay inside the image."""
+    from qmir_ao.passes import lower
+
+    rewrite, aten, qmir = lower.LowerConv.rewrite, torch.ops.aten, torch.ops.qmir
+
+    def without_borders(self, graph_module):
+        changed = rewrite(self, graph_module)
+        graph = graph_module.graph
+        for node in list(graph.nodes):
+            if node.target is qmir.conv2d_offset.default:
+                with graph.inserting_after(node):
+                    middle = graph.call_function(aten.amax.default, (node, [2, 3], True))
+                node.replace_all_uses_with(middle, lambda user, new=middle: user is not new)
+        return changed
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 11, 9)
+    prepared = qmir_ao.prepare_qat(Convs(True), qmir_ao.get_qmir_qconfig(8, 8))
+    train_step(prepared, x)
+    prepared.eval()
+    monkeypatch.setattr(lower.LowerConv, "rewrite", without_borders)
+    wrong = qmir_ao.convert_and_lower(prepared)
+    monkeypatch.undo()
+    right = qmir_ao.convert_and_lower(prepared)
+    want = prepared(x)
+    assert float((right(x) - want).abs().max()) < 0.1 * float((wrong(x) - want).abs().max())
