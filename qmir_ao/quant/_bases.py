@@ -121,10 +121,14 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
             return False
         if self.dynamic:
             count = min(row.numel() for row in rows)
-            self.initialize(torch.stack([row[:count] for row in rows]))
+            self.start_from(torch.stack([row[:count] for row in rows]))
         else:
-            self.initialize(torch.cat(rows))
+            self.start_from(torch.cat(rows))
         return True
+
+    def start_from(self, rows: torch.Tensor) -> None:
+        """Initialise from the rows that `observe` kept."""
+        self.initialize(rows)
 
     def materialize(self, weight: torch.Tensor, channels: int | None = None) -> None:
         """Size and initialise from a weight; only weight quantizers have something to do."""

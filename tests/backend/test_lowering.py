@@ -34,6 +34,7 @@ FLOAT_OPERATORS = {
     "relu",
     "sigmoid",
     "conv2d",
+    "conv2d_offset",
     "adaptive_avg_pool2d",
 }
 

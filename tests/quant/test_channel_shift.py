@@ -111,6 +111,24 @@ def test_becomes_biases_and_borders(capture, bias, bits, tmp_path):
     assert qmir_ao.compare(prepared, loaded, x) == qmir_ao.compare(prepared, lowered, x)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_calibration_gives_the_means_of_its_first_batch(bits):
+    torch.manual_seed(0)
+    model, batches = Convs(True), [torch.randn(2, 3, 11, 9) for _ in range(3)]
+    prepared = qmir_ao.prepare_ptq(model.eval(), qmir_ao.get_qmir_qconfig(bits, bits))
+    qmir_ao.calibrate(prepared, batches)
+    shifts = [
+        m.channel_shift for m in prepared.modules() if getattr(m, "channel_shift", None) is not None
+    ]
+    assert [s.numel() for s in shifts] == [8, 12, 8, 8, 8, 8]
+    lowered = qmir_ao.convert_and_lower(prepared)
+    records = qmir_ao.compare(prepared, lowered, batches[0])
+    assert all(r["code_mismatches"] <= r["boundary_mismatches"] for r in records)
+    want = model(batches[0])
+    noise = (lowered(batches[0]) - want).square().mean() / want.square().mean()
+    assert float(noise) < (1e-3 if bits == 8 else 0.1)
+
+
 @pytest.mark.slow
 def test_compiled_prepared_network():
     torch.manual_seed(0)
