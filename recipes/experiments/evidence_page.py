@@ -69,10 +69,14 @@ def _verdict(scores: Mapping[str, Mapping[str, Cell]], sets: Sequence[str]) -> l
         lead = ours[name].mean - rivals[best][name].mean
         spread = max(ours[name].deviation, rivals[best][name].deviation)
         word = "ahead of" if lead > 0 else "behind"
-        beyond = "beyond" if abs(lead) > spread else "within"
+        if len(ours[name].values) > 1:
+            side = "beyond" if abs(lead) > spread else "within"
+            certainty = f"{side} the seeds' spread ({spread:.3f} dB)"
+        else:
+            certainty = "on one seed, so the spread is not known"
         lines.append(
             f"- {name}: DLS + RFA is {abs(lead):.3f} dB {word} the best rival, "
-            f"{METHODS[best].label}, {beyond} the seeds' spread ({spread:.3f} dB)."
+            f"{METHODS[best].label}, {certainty}."
         )
     return lines
 
@@ -80,6 +84,8 @@ def _verdict(scores: Mapping[str, Mapping[str, Cell]], sets: Sequence[str]) -> l
 def _ablations(records: Sequence[dict[str, Any]], width: int) -> list[str]:
     lines: list[str] = []
     for title, variants in ablation_table(records, width).items():
+        if len(variants) < 2:
+            continue
         sets = list(variants[0][1])
         lines += [f"### {title}, {width} bits", ""]
         lines += [f"| variant | seeds | {' | '.join(sets)} |", f"|{'---|' * (2 + len(sets))}"]

@@ -166,7 +166,7 @@ class WeightFakeQuantize(QmirFakeQuantize):
         width = container_bits(self.bits)
         packed = pack(codes.to(torch.int8), width)
         flat = step.detach().reshape(-1)
-        offset = torch.zeros_like(flat) if shift is None else shift.detach().reshape(-1)
+        offset = torch.zeros_like(flat[:1]) if shift is None else shift.detach().reshape(-1)
         with model.graph.inserting_before(node):
             nodes = constants(model, node, packed=packed, step=flat, shift=offset)
             new = model.graph.call_function(
