@@ -158,6 +158,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
         """Find out what a token and a channel are from what reads the tensor."""
         self.tokens = self.per_token and kinds == {LINEAR.kind}
         axes = {LINEAR.kind: -1, CONV.kind: 1}
+        self.channel_dim = None
         if not self.has_channel_shift or len(kinds) != 1 or next(iter(kinds)) not in axes:
             return
         self.channel_dim = axes[next(iter(kinds))]
@@ -285,7 +286,8 @@ class DLSFakeQuantize(QmirFakeQuantize):
         """
         if not self._quantizing:
             return pass_through(model, node)
-        source, qmir, graph = node.all_input_nodes[0], torch.ops.qmir, model.graph
+        source, graph = node.all_input_nodes[0], model.graph
+        aten, qmir = torch.ops.aten, torch.ops.qmir
         with graph.inserting_before(node):
             scalars = constants(
                 model,
@@ -295,18 +297,21 @@ class DLSFakeQuantize(QmirFakeQuantize):
             )
             settings = (self.quant_min, self.quant_max, self.per_tensor, self.cap)
             off_grid = self.constant or self.clamp_output or is_constant(source)
-            if off_grid or self.quant_max > 127:
-                new = graph.call_function(
-                    qmir.dls_fake_quant.default,
-                    (source, *scalars, *settings, self.clamp_output),
-                )
-                new.meta["qmir_source"] = node.name
-                return put_in_place(model, node, new)
             offset = self._emit_offset(model, node)
             rows = source = node.all_input_nodes[0]
             if self.tokens:
-                rows = graph.call_function(torch.ops.aten.flatten.using_ints, (source, 0, -2))
+                rows = graph.call_function(aten.flatten.using_ints, (source, 0, -2))
                 rows.meta["qmir_source"] = node.name
+            if off_grid or self.quant_max > 127:
+                new = graph.call_function(
+                    qmir.dls_fake_quant.default, (rows, *scalars, *settings, self.clamp_output)
+                )
+                if self.tokens:
+                    new = graph.call_function(aten.view_as.default, (new, source))
+                if offset is not None:
+                    new = graph.call_function(aten.sub.Tensor, (new, offset))
+                new.meta["qmir_source"] = node.name
+                return put_in_place(model, node, new)
             predicted = graph.call_function(qmir.dls_qparams.default, (rows, *scalars, *settings))
             step = graph.call_function(operator.getitem, (predicted, 0))
             shift = graph.call_function(operator.getitem, (predicted, 1))

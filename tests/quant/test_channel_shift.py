@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.models import train_step
 from torch import Tensor, nn
+from torch.ao.quantization import QConfigMapping
 
 import qmir_ao
 from qmir_ao.ops.conv2d_offset import conv2d_offset
@@ -109,6 +110,22 @@ def test_becomes_biases_and_borders(capture, bias, bits, tmp_path):
     loaded = qmir_ao.load(tmp_path / "model")
     assert torch.equal(loaded(x), lowered(x))
     assert qmir_ao.compare(prepared, loaded, x) == qmir_ao.compare(prepared, lowered, x)
+
+
+@pytest.mark.parametrize("capture", ["fx", "export"])
+def test_survives_where_an_output_clamp_keeps_operators_in_float(capture):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 11, 9)
+    clamped = qmir_ao.get_qmir_qconfig(8, 8, clamp_output=True)
+    mapping = QConfigMapping().set_global(qmir_ao.get_qmir_qconfig(8, 8))
+    mapping.set_module_name("padded", clamped).set_module_name("token", clamped)
+    prepared = qmir_ao.prepare_qat(Convs(True), mapping, (x,) if capture == "export" else None)
+    train_step(prepared, x)
+    lowered = qmir_ao.convert_and_lower(prepared.eval())
+    assert len(lowered.report.operators) == 4
+    error, want = (lowered(x) - prepared(x)).abs(), prepared(x)
+    # A code that flips at a rounding boundary moves a few values by a step of 1/256 of the range.
+    assert float(error.max()) < 0.02 * float(want.abs().max())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
