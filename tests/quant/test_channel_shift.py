@@ -116,7 +116,7 @@ def test_becomes_biases_and_borders(capture, bias, bits, tmp_path):
 def test_survives_where_an_output_clamp_keeps_operators_in_float(capture):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 11, 9)
-    clamped = qmir_ao.get_qmir_qconfig(8, 8, clamp_output=True)
+    clamped = qmir_ao.get_qmir_qconfig(8, 2, clamp_output=True)
     mapping = QConfigMapping().set_global(qmir_ao.get_qmir_qconfig(8, 8))
     mapping.set_module_name("padded", clamped).set_module_name("token", clamped)
     prepared = qmir_ao.prepare_qat(Convs(True), mapping, (x,) if capture == "export" else None)
