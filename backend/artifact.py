@@ -24,7 +24,7 @@ from qmir_ao.backend.targets import TargetNameError
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.quant.constants import attribute
 
-FORMAT, VERSION = "qmir-lowered", 2
+FORMAT, VERSION = "qmir-lowered", 3
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 
 
@@ -159,7 +159,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is no manifest of a lowered model")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{file}: format version {manifest.get('version')!r}, this release reads {VERSION}"
+            f"{file}: format version {manifest.get('version')!r}, this release reads {VERSION}; "
+            "lower the trained model again and save it"
         )
     wanted = ("tensors", list), ("graph", dict)
     for key, kind in wanted:

@@ -48,14 +48,6 @@ def _offset_of(node: Node) -> Node:
     return found
 
 
-def _takes_border(node: Node) -> bool:
-    """Whether a node subtracts what a padded convolution loses by its channel shifts."""
-    if node.target is not aten.sub.Tensor:
-        return False
-    border = arguments(node)[1]
-    return isinstance(border, Node) and border.target is qmir.conv2d_offset.default
-
-
 def _is_first(node: Node) -> bool:
     """Whether a node takes the fake-quantizer's own input."""
     return (
@@ -133,11 +125,9 @@ class _Operator:
 
     def record(self) -> dict[str, Any]:
         """All figures of this operator."""
-        operands, borders = self._integer_arguments()
+        operands = self._integer_arguments()
         target: Any = self.node.target
         got = target(*operands)
-        for border in borders:
-            got = got - border
         want = self.values[self.source].reshape(got.shape)
         error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
         unit = self._unit(operands)
@@ -154,11 +144,8 @@ class _Operator:
             "clip_rate": self.clipped / max(self.codes, 1),
         }
 
-    def _integer_arguments(self) -> tuple[tuple[Any, ...], list[Tensor]]:
-        """Arguments of the lowered operator, with codes made from what the prepared one saw.
-
-        Also what the graph takes from its result for the channel shifts of a padded convolution.
-        """
+    def _integer_arguments(self) -> tuple[Any, ...]:
+        """Arguments of the lowered operator, with codes made from what the prepared one saw."""
         done: dict[Node, Any] = {}
 
         def value(node: Node) -> Any:
@@ -186,9 +173,7 @@ class _Operator:
             done[node] = result
             return result
 
-        operands = tuple(value(a) if isinstance(a, Node) else a for a in arguments(self.node))
-        takers = [u for u in self.node.users if self.kind == "conv2d" and _takes_border(u)]
-        return operands, [value(arguments(u)[1]) for u in takers]
+        return tuple(value(a) if isinstance(a, Node) else a for a in arguments(self.node))
 
     def _quantize_node_of(self, qparams: Node) -> Node:
         """The quantize node that uses a predicted step."""
@@ -258,8 +243,8 @@ class _Operator:
             got = qmir.linear_acc(operands[0], operands[3], *operands[7:9])
             want = torch.nn.functional.linear(codes, levels)
         else:
-            got = qmir.conv2d_acc(operands[0], operands[3], *operands[7:])
-            size, stride, padding, dilation, groups = operands[8:]
+            got = qmir.conv2d_acc(operands[0], operands[3], *operands[8:])
+            size, stride, padding, dilation, groups = operands[9:]
             want = torch.nn.functional.conv2d(
                 codes, levels.reshape(size), None, stride, padding, dilation, groups
             )

@@ -146,9 +146,10 @@ def _operator(graph_module: GraphModule, node: Node) -> OperatorRecord:
         packed, step, shift = arguments(node)[3:6]
         weights = _bytes(graph_module, packed)
         scales = _bytes(graph_module, step, shift)
-        floats = 4 * weights * 8 // int(arguments(node)[7])
         if kind == "conv2d":
-            floats = 4 * torch.Size(arguments(node)[8]).numel()
+            floats = 4 * torch.Size(arguments(node)[9]).numel()
+        else:
+            floats = 4 * weights * 8 // int(arguments(node)[7])
     return OperatorRecord(
         name=node.name,
         source=str(node.meta.get(SOURCE, node.name)),
@@ -176,7 +177,6 @@ def _sizes(graph_module: GraphModule) -> set[Node]:
 def make_report(graph_module: GraphModule) -> LoweringReport:
     """Read the report off a lowered graph."""
     operators, floats = [], []
-    packed: set[Node] = set()
     sizes = _sizes(graph_module)
     for node in graph_module.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr") or node in sizes:
@@ -184,10 +184,14 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
         name = op_name(node)
         if node.target in KINDS:
             operators.append(_operator(graph_module, node))
-            packed.update(a for a in arguments(node) if isinstance(a, Node) and a.op == "get_attr")
         elif name not in _PLUMBING or node.target in (aten.linear.default, aten.conv2d.default):
             path = str(node.meta.get("qmir_module") or module_path(node))
             floats.append(FloatRecord(node.name, name, path, _reason(node, name)))
-    plain = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n not in packed]
+    # A channel shift belongs to a quantizer's float addition and to an integer operator.
+    plain = [
+        n
+        for n in graph_module.graph.nodes
+        if n.op == "get_attr" and any(user.target not in KINDS for user in n.users)
+    ]
     targets = {n.target: n for n in plain}
     return LoweringReport(operators, floats, _bytes(graph_module, *targets.values()))

@@ -4,23 +4,21 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 import qmir_ao.ops.conv2d
-import qmir_ao.ops.conv2d_offset
 import qmir_ao.ops.dls_fake_quant
 import qmir_ao.ops.linear
 import qmir_ao.ops.selective_scan
 import qmir_ao.ops.selective_scan_q  # noqa: F401  (define the operators named below)
 from qmir_ao.passes.base import Pass
-from qmir_ao.passes.offsets import conv_bias, linear_bias
+from qmir_ao.passes.offsets import linear_bias
 from qmir_ao.quant.patterns import arguments, module_path
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
 
 SOURCE = "qmir_source"
 """Key of `node.meta`: the node of the prepared graph that a lowered node stands for."""
-BORDER_REASON = "takes the channel shifts away, less at a zero-padded border"
 REASON = "qmir_float_reason"
 """Key of `node.meta`: why a quantizable operator stays in float."""
 
@@ -178,7 +176,8 @@ class LowerConv(Pass):
     """Replace a convolution on codes and packed weights by `qmir::conv2d`.
 
     A one-dimensional convolution becomes a two-dimensional one of height 1. Zero padding pads the
-    value 0, not the code 0: the operator counts only taps inside the image. Accumulators are exact.
+    value 0, not the code 0: the operator counts only taps inside the image, also where it takes the
+    channel shift of its input into account. Accumulators are exact.
     """
 
     requires = ("FoldWeights",)
@@ -197,18 +196,15 @@ class LowerConv(Pass):
             if operands is None:
                 continue
             with graph_module.graph.inserting_before(node):
-                new, lowered = _lower_conv(graph_module, node, operands, rank)
+                new, lowered = _lower_conv(graph_module.graph, node, operands, rank)
             x, (_, _, _, _, bits) = operands
             _finish(node, new, lowered, code_width(x[0]), bits)
             changed += 1
         return changed
 
 
-def _lower_conv(
-    graph_module: GraphModule, node: Node, operands: tuple[Any, Any], rank: int
-) -> tuple[Node, Node]:
-    (codes, x_step, x_shift), (packed, step, shift, size, bits) = operands
-    graph = graph_module.graph
+def _lower_conv(graph: Graph, node: Node, pair: tuple[Any, Any], rank: int) -> tuple[Node, Node]:
+    (codes, x_step, x_shift), (packed, step, shift, size, bits) = pair
     defaults = (None, None, None, [1] * rank, [0] * rank, [1] * rank, 1)
     args = (*arguments(node), *defaults[len(arguments(node)) :])
     bias, stride, padding, dilation, groups = args[2:7]
@@ -219,26 +215,11 @@ def _lower_conv(
         stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
     geometry = (list(stride), list(padding), list(dilation))
     _, offset = without_offset(arguments(node)[0])
-    border = None
-    if offset is not None and any(padding):
-        border = graph.call_function(
-            qmir.conv2d_offset.default,
-            (codes, offset, packed, step, shift, bits, size, *geometry, groups),
-        )
-        path = str(node.meta.get("qmir_module") or module_path(node))
-        border.meta.update({REASON: BORDER_REASON, "qmir_module": path})
-    elif offset is not None:
-        bias = conv_bias(graph_module, bias, offset, arguments(node)[1], size, groups)
-    lowered = graph.call_function(
-        qmir.conv2d.default,
-        (codes, x_step, x_shift, packed, step, shift, bias, bits, size, *geometry, groups),
-    )
-    result = lowered
-    if border is not None:
-        result = graph.call_function(aten.sub.Tensor, (lowered, border))
+    operands = (codes, x_step, x_shift, packed, step, shift, bias, offset)
+    lowered = graph.call_function(qmir.conv2d.default, (*operands, bits, size, *geometry, groups))
     if rank == 1:
-        return graph.call_function(aten.squeeze.dim, (result, 2)), lowered
-    return result, lowered
+        return graph.call_function(aten.squeeze.dim, (lowered, 2)), lowered
+    return lowered, lowered
 
 
 class LowerScan(Pass):

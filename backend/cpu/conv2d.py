@@ -18,7 +18,7 @@ from qmir_ao.ops.conv2d import (
 
 
 def _shape(
-    x: Tensor, geometry: Geometry, out: tuple[int, int], grids: tuple[int, int, int]
+    x: Tensor, geometry: Geometry, out: tuple[int, int], counts: tuple[int, int, int, int]
 ) -> object:
     """The C struct ConvShape, as an array of 64-bit integers in its order."""
     values = (
@@ -31,7 +31,7 @@ def _shape(
         geometry.groups,
         *out,
         geometry.bits,
-        *grids,
+        *counts,
     )
     return (ctypes.c_int64 * len(values))(*values)
 
@@ -53,7 +53,7 @@ def _conv2d_acc(
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.int32)
     if y.numel():
-        shape = _shape(x, geometry, out, (1, 1, 1))
+        shape = _shape(x, geometry, out, (1, 1, 1, 0))
         lib.qmir_conv2d_acc(pointer(x), pointer(weight), shape, pointer(y))
     return y
 
@@ -68,6 +68,7 @@ def _conv2d(
     w_step: Tensor,
     w_shift: Tensor,
     bias: Tensor | None,
+    x_offset: Tensor | None,
     bits: int,
     weight_size: Sequence[int],
     stride: Sequence[int],
@@ -76,12 +77,13 @@ def _conv2d(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, geometry)
-    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry)
+    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset)
     kept = [None if t is None else t.contiguous() for t in tensors]
     y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.float32)
     if y.numel():
-        grids = (x_step.numel(), w_step.numel(), w_shift.numel())
-        shape = _shape(x, geometry, out, grids)
+        offsets = 0 if x_offset is None else x_offset.numel()
+        counts = (x_step.numel(), w_step.numel(), w_shift.numel(), offsets)
+        shape = _shape(x, geometry, out, counts)
         lib.qmir_conv2d(*map(pointer, kept), shape, pointer(y))
     return y

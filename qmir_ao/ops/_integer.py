@@ -7,9 +7,15 @@ sum of products over K taps needs integers only:
                         - beta * step * sw + K * beta * shift
     acc = sum q_x * q_w,  sx = sum q_x,  sw = sum q_w
 
-Shape letters: G = groups of the activation (samples, or 1), O = output channels.
+A shift of each channel, x_hat - offset[c], becomes a multiple of one power of two, offset = unit *
+q_o, so that what it takes needs integers as well: sum offset * w_hat = step * unit * sum q_w * q_o
+- shift * unit * sum q_o, in any order of summation.
+
+Shape letters: G = groups of the activation (samples, or 1), O = output channels, C = input
+channels.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +25,8 @@ from qmir_ao.ops.pack import CONTAINERS, packed_bytes
 
 MAX_TAPS = (2**31 - 1) // (128 * 128)
 """Longest dot product of 8-bit codes whose int32 accumulator cannot overflow."""
+OFFSET_BITS = 38
+"""Bits of the largest offset: MAX_TAPS products of its code and an 8-bit one stay below 2**62."""
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:
@@ -114,6 +122,30 @@ def check_bias(op: str, bias: Tensor | None, count: int) -> None:
         )
 
 
+def check_offset(op: str, offset: Tensor | None, channels: int) -> None:
+    """Refuse an offset that is not float32 with one value or one per channel, in any shape."""
+    if offset is not None:
+        require(
+            offset.dtype == torch.float32 and (offset.numel() == channels or offset.numel() == 1),
+            lambda: (
+                f"qmir::{op}: x_offset must be float32 of 1 or {channels} values (one per input "
+                f"channel), got {tuple(offset.shape)} {offset.dtype}"
+            ),
+        )
+
+
+def fixed_point(offset: Tensor) -> tuple[Tensor, float]:
+    """Offsets as int64 multiples of a power of two, and that unit.
+
+    Zeros and a unit of NaN where an offset is not finite.
+    """
+    largest = float(offset.abs().max())
+    if not math.isfinite(largest):
+        return torch.zeros_like(offset, dtype=torch.int64), math.nan
+    unit = math.ldexp(1.0, math.frexp(largest)[1] - OFFSET_BITS)
+    return torch.round(offset.double() / unit).long(), unit
+
+
 def epilogue(
     acc: Tensor,
     sx: Tensor,
@@ -122,6 +154,7 @@ def epilogue(
     x_grid: tuple[Tensor, Tensor],
     w_grid: tuple[Tensor, Tensor],
     bias: Tensor | None,
+    x_offset: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Float32 result of an integer sum of products; the kernels repeat this order to the byte.
 
@@ -135,11 +168,16 @@ def epilogue(
         x_grid: alpha and beta of the activation, float32.
         w_grid: step and shift of the weight, float32.
         bias: float32, or None.
+        x_offset: int64 sums of q_w * q_o and of q_o over the same taps, and the unit of q_o.
     """
     alpha, beta = x_grid
     step, shift = w_grid
     offset = beta.double()
     constant = (offset * taps) * shift.double() - (offset * step.double()) * sw.double()
     constant = constant + (0.0 if bias is None else bias.double())
+    if x_offset is not None:
+        qo, so, unit = x_offset
+        lost = (step.double() * unit) * qo.double() - (shift.double() * unit) * so.double()
+        constant = constant - lost
     y: Tensor = ((alpha * step) * acc.float() - (alpha * shift) * sx.float()) + constant.float()
     return y

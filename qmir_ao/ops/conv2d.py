@@ -2,11 +2,14 @@
 
     acc[o, p] = sum over taps inside the image of q_x * q_w[o]       int32, exact
     y[o, p]   = (alpha*step[o] * acc - alpha*shift[o] * sx[p])
-                + (n[p]*beta*shift[o] - beta*step[o] * sw[o, p] + bias[o])
+                + (n[p]*beta*shift[o] - beta*step[o]*sw[o, p] + bias[o]
+                   - (unit*step[o] * qo[o, p] - unit*shift[o] * so[o, p]))
 
-with x_hat = alpha * q_x - beta and w_hat = step * q_w - shift. Zero padding pads x_hat = 0, which
-is not q_x = 0, so the sums of codes sx and sw and the number of taps n count only the taps that lie
-inside the image; near a border sw and n depend on the position p.
+with x_hat = alpha * q_x - beta - unit * q_o[c] and w_hat = step * q_w - shift; unit * q_o[c] is the
+offset of channel c in fixed point, and the last line is 0 without one. Zero padding pads x_hat = 0,
+which is not q_x = 0, so the sums sx of q_x, sw of q_w, qo of q_w * q_o and so of q_o, and the
+number n of taps count only the taps that lie inside the image; near a border they depend on the
+position.
 
 Source: affine integer arithmetic on the grids of Q-MambaIR (arXiv 2503.21970), equations 5 to 7.
 
@@ -26,10 +29,12 @@ from qmir_ao.ops._integer import (
     check_bias,
     check_codes,
     check_grid,
+    check_offset,
     check_taps,
     check_weight,
     check_weight_grid,
     epilogue,
+    fixed_point,
     require,
 )
 from qmir_ao.ops._library import define
@@ -41,7 +46,7 @@ _GEOMETRY = (
 ACC_SCHEMA = f"conv2d_acc(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor"
 SCHEMA = (
     "conv2d(Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
-    f"Tensor w_shift, Tensor? bias, {_GEOMETRY}) -> Tensor"
+    f"Tensor w_shift, Tensor? bias, Tensor? x_offset, {_GEOMETRY}) -> Tensor"
 )
 
 
@@ -116,6 +121,7 @@ def check_conv2d(
     w_step: Tensor,
     w_shift: Tensor,
     bias: Tensor | None,
+    x_offset: Tensor | None,
     geometry: Geometry,
 ) -> tuple[int, int]:
     """Refuse operands that do not fit `qmir::conv2d`; return the output's height and width."""
@@ -123,6 +129,7 @@ def check_conv2d(
     check_grid("conv2d", "x", x_step, x_shift, x.shape[0])
     check_weight_grid("conv2d", w_step, w_shift, geometry.weight_size[0])
     check_bias("conv2d", bias, geometry.weight_size[0])
+    check_offset("conv2d", x_offset, x.shape[1])
     return size
 
 
@@ -171,6 +178,25 @@ def conv2d_acc_ref(
     return _accumulate(x, _weight_codes(weight, geometry), geometry, out)
 
 
+def _offset_sums(
+    x: Tensor, x_offset: Tensor, codes: Tensor, geometry: Geometry, out: tuple[int, int]
+) -> tuple[Tensor, Tensor, float]:
+    """Sums of q_w * q_o and of q_o over the taps inside the image (O, P, Q), and the unit."""
+    fixed, unit = fixed_point(x_offset.reshape(-1))
+    groups, inputs = geometry.groups, codes.shape[1]
+    spread = fixed.expand(groups * inputs).reshape(groups, 1, inputs, 1, 1)
+    products = (codes.reshape(groups, -1, *codes.shape[1:]) * spread).sum(2)
+    products = products.reshape(codes.shape[0], *codes.shape[2:], 1, 1)
+    each = spread.sum(2).expand(-1, codes.shape[0] // groups, 1, 1).reshape(-1, 1, 1)
+    qo = fixed.new_zeros(codes.shape[0], *out)
+    so = fixed.new_zeros(codes.shape[0], *out)
+    inside = x.new_ones(x.shape[2:], dtype=torch.int64)
+    for i, j, window in _taps(inside, geometry, out):
+        qo = qo + window * products[:, i, j]
+        so = so + window * each
+    return qo, so, unit
+
+
 def conv2d_ref(
     x: Tensor,
     x_step: Tensor,
@@ -179,6 +205,7 @@ def conv2d_ref(
     w_step: Tensor,
     w_shift: Tensor,
     bias: Tensor | None,
+    x_offset: Tensor | None,
     bits: int,
     weight_size: Sequence[int],
     stride: Sequence[int],
@@ -188,9 +215,10 @@ def conv2d_ref(
 ) -> Tensor:
     """Plain-torch form of `qmir::conv2d`."""
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, geometry)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry)
     codes = _weight_codes(weight, geometry)
     features = codes.shape[0]
+    offset = None if x_offset is None else _offset_sums(x, x_offset, codes, geometry, out)
     sums = x.reshape(x.shape[0], groups, -1, *x.shape[2:]).sum(2, dtype=torch.int32)
     sx = torch.stack([window for _, _, window in _taps(sums, geometry, out)]).sum(0)
     sx = sx.repeat_interleave(features // groups, dim=1)
@@ -209,6 +237,7 @@ def conv2d_ref(
         (x_step.reshape(-1, 1, 1, 1), x_shift.reshape(-1, 1, 1, 1)),
         (w_step.reshape(-1, 1, 1), w_shift.reshape(-1, 1, 1)),
         None if bias is None else bias.reshape(-1, 1, 1),
+        offset,
     )
 
 
@@ -235,6 +264,7 @@ def _conv2d_fake(
     w_step: Tensor,
     w_shift: Tensor,
     bias: Tensor | None,
+    x_offset: Tensor | None,
     bits: int,
     weight_size: Sequence[int],
     stride: Sequence[int],
@@ -243,7 +273,7 @@ def _conv2d_fake(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, geometry)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry)
     return x.new_empty((x.shape[0], weight_size[0], *out), dtype=torch.float32)
 
 
@@ -301,6 +331,7 @@ def conv2d(
     w_step: Tensor,
     w_shift: Tensor,
     bias: Tensor | None = None,
+    x_offset: Tensor | None = None,
     *,
     bits: int,
     weight_size: Sequence[int],
@@ -319,6 +350,8 @@ def conv2d(
         w_step: float32, one per output channel (O,) or (1,).
         w_shift: float32, (1,) or as w_step.
         bias: float32 (O,), or None.
+        x_offset: float32, subtracted from the channels of x_hat: (C,) or (1,) in any shape, or
+            None. Rounded to 2**-38 of its largest value; one that is not finite gives NaN.
         bits: container of one weight code: 2, 4 or 8.
         weight_size: [O, C/groups, kh, kw].
         stride: one integer, or (rows, columns); so are padding and dilation.
@@ -336,7 +369,7 @@ def conv2d(
 
     Source: module docstring.
     """
-    grids = (x_step, x_shift, weight, w_step, w_shift, bias)
+    tensors = (x_step, x_shift, weight, w_step, w_shift, bias, x_offset)
     pairs = (_pair(stride), _pair(padding), _pair(dilation))
-    y: Tensor = _conv2d(x, *grids, bits, list(weight_size), *pairs, groups)
+    y: Tensor = _conv2d(x, *tensors, bits, list(weight_size), *pairs, groups)
     return y

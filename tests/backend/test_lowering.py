@@ -34,7 +34,6 @@ FLOAT_OPERATORS = {
     "relu",
     "sigmoid",
     "conv2d",
-    "conv2d_offset",
     "adaptive_avg_pool2d",
 }
 
@@ -48,7 +47,7 @@ def taps(lowered: LoweredModule, name: str) -> int:
     """Products that one accumulator of a linear or convolution adds up."""
     node = next(n for n in lowered.graph_module.graph.nodes if n.name == name)
     if node.target is torch.ops.qmir.conv2d.default:
-        return math.prod(node.args[8][1:])
+        return math.prod(node.args[9][1:])
     packed = getattr(lowered.graph_module, node.args[3].target)
     return packed.numel() * 8 // node.args[7] // node.args[8]
 

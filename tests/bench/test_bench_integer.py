@@ -57,7 +57,8 @@ def test_conv2d(benchmark: Any, name: str, bits: int) -> None:
     size = [features, inputs // groups, kernel, kernel]
     scale, pad = torch.rand(features), [kernel // 2] * 2
     x, weight = codes(bits, 1, inputs, SIDE, SIDE), pack(codes(bits, *size), bits)
-    args = (x, ONE, SHIFT, weight, scale, scale, None, bits, size, [1, 1], pad, [1, 1], groups)
+    geometry = (bits, size, [1, 1], pad, [1, 1], groups)
+    args = (x, ONE, SHIFT, weight, scale, scale, None, None, *geometry)
     assert benchmark(torch.ops.qmir.conv2d, *args).shape == (1, features, SIDE, SIDE)
 
 

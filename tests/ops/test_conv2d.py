@@ -1,19 +1,17 @@
 """qmir::conv2d and qmir::conv2d_acc: exact accumulators up to the border, one rounding order."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.convolutions import NAMED, Case, cases, operands
 from support.integers import (
     FILLS,
     codes,
     containers,
     dequantize,
     fills,
-    grid,
     pack_fields,
     same_bytes,
     seeds,
@@ -23,80 +21,6 @@ from support.tolerances import AFFINE_RESULT
 
 import qmir_ao.backend.cpu.conv2d  # noqa: F401  (registers the kernels)
 from qmir_ao.ops.conv2d import conv2d, conv2d_acc_ref, conv2d_ref
-
-
-class Case(NamedTuple):
-    """Sizes of one convolution; the image is grown to hold the kernel where it is too small."""
-
-    batch: int
-    groups: int
-    inputs: int
-    features: int
-    kernel: tuple[int, int]
-    image: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def x_shape(self) -> tuple[int, int, int, int]:
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        least = [span - 2 * p for span, p in zip(spans, self.padding, strict=True)]
-        height, width = (max(size, low) for size, low in zip(self.image, least, strict=True))
-        return self.batch, self.groups * self.inputs, height, width
-
-    def weight_size(self) -> list[int]:
-        return [self.groups * self.features, self.inputs, *self.kernel]
-
-    def geometry(self, bits: int) -> tuple:
-        pairs = (list(self.stride), list(self.padding), list(self.dilation))
-        return (bits, self.weight_size(), *pairs, self.groups)
-
-
-def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
-    return st.tuples(st.integers(low, high), st.integers(low, high))
-
-
-general = st.builds(
-    Case,
-    st.integers(1, 2),
-    st.integers(1, 3),
-    st.integers(1, 9),
-    st.integers(1, 9),
-    pairs(1, 4),
-    pairs(1, 20),
-    pairs(1, 3),
-    pairs(0, 4),
-    pairs(1, 3),
-)
-# One channel per group, with and without a multiplier.
-depthwise = st.builds(
-    Case,
-    st.integers(1, 2),
-    st.integers(1, 6),
-    st.just(1),
-    st.integers(1, 2),
-    pairs(1, 5),
-    pairs(1, 40),
-    pairs(1, 3),
-    pairs(0, 4),
-    pairs(1, 3),
-)
-cases = st.one_of(general, depthwise)
-
-NAMED = {
-    "body-3x3": Case(2, 1, 60, 60, (3, 3), (9, 13), (1, 1), (1, 1), (1, 1)),
-    "wide-image": Case(1, 1, 5, 7, (3, 3), (4, 600), (1, 1), (1, 1), (1, 1)),
-    "tall-image": Case(1, 1, 66, 8, (3, 3), (210, 67), (1, 1), (1, 1), (1, 1)),
-    "stride-2-wide": Case(1, 2, 6, 8, (3, 3), (9, 530), (2, 2), (1, 1), (1, 1)),
-    "pointwise": Case(3, 1, 61, 31, (1, 1), (17, 19), (1, 1), (0, 0), (1, 1)),
-    "pointwise-padded": Case(1, 1, 7, 5, (1, 1), (5, 5), (1, 1), (2, 1), (1, 1)),
-    "depthwise": Case(2, 72, 1, 1, (3, 3), (17, 33), (1, 1), (1, 1), (1, 1)),
-    "depthwise-dilated": Case(1, 30, 1, 1, (3, 3), (31, 65), (1, 1), (2, 2), (2, 2)),
-    "depthwise-7x7": Case(1, 5, 1, 2, (7, 7), (20, 70), (1, 1), (3, 3), (1, 1)),
-    "depthwise-tall": Case(1, 2, 1, 1, (3, 3), (900, 150), (1, 1), (1, 1), (1, 1)),
-    "kernel-larger-than-image": Case(1, 2, 3, 2, (5, 5), (2, 3), (1, 1), (4, 4), (1, 1)),
-    "padding-beyond-kernel": Case(1, 1, 3, 2, (2, 2), (3, 3), (1, 1), (4, 4), (1, 1)),
-}
 
 
 def int64_accumulators(x: np.ndarray, weight: np.ndarray, case: Case) -> np.ndarray:
@@ -109,21 +33,6 @@ def int64_accumulators(x: np.ndarray, weight: np.ndarray, case: Case) -> np.ndar
     grouped = windows.reshape(batch, case.groups, case.inputs, rows, cols, *case.kernel)
     kernel = weight.astype(np.int64).reshape(case.groups, case.features, case.inputs, *case.kernel)
     return np.einsum("bgcpqij,gocij->bgopq", grouped, kernel).reshape(batch, -1, rows, cols)
-
-
-def operands(
-    seed: int, case: Case, bits: int, per_sample: bool = True, per_row: bool = True
-) -> tuple:
-    rng = np.random.default_rng(seed)
-    size = case.weight_size()
-    x = torch.from_numpy(codes(rng, case.x_shape(), 8, "random"))
-    weight = codes(rng, tuple(size), bits, "random")
-    x_grid = grid(rng, case.batch if per_sample else 1)
-    w_step, w_shift = grid(rng, size[0] if per_row else 1)
-    w_grid = (w_step, w_shift[:1] if seed % 3 == 2 else w_shift)
-    bias = torch.from_numpy(rng.normal(size=size[0]).astype(np.float32)) if seed % 2 else None
-    packed = pack_fields(weight, bits)
-    return (x, *x_grid, packed, *w_grid, bias, *case.geometry(bits)), torch.from_numpy(weight)
 
 
 def check_accumulators(
@@ -206,7 +115,7 @@ def test_zero_padding_pads_the_value_zero_not_the_code_zero() -> None:
     args, _ = operands(1, case, 4)
     padded = torch.nn.functional.pad(args[0], (1, 1, 1, 1))
     inner = Case(1, 1, 2, 3, (3, 3), (7, 8), (1, 1), (0, 0), (1, 1))
-    as_codes = torch.ops.qmir.conv2d(padded, *args[1:7], *inner.geometry(4))
+    as_codes = torch.ops.qmir.conv2d(padded, *args[1:8], *inner.geometry(4))
     result = torch.ops.qmir.conv2d(*args)
     assert same_bytes(result[..., 1:-1, 1:-1], as_codes[..., 1:-1, 1:-1])
     assert (result[..., 0, :] != as_codes[..., 0, :]).any()
@@ -266,14 +175,14 @@ def test_export_with_dynamic_batch_height_and_width() -> None:
         ({5: torch.ones(3)}, "w_shift must be float32 of 1 or 2 values"),
         ({5: torch.ones(2)}, "w_shift must have 1 value or as many as w_step, got 2 and 1"),
         ({6: torch.ones(3)}, r"bias must be float32 of shape \(2,\)"),
-        ({7: 5}, "bits must be the container 2, 4 or 8, got 5"),
-        ({8: [2, 3, 3]}, "weight_size must be"),
-        ({8: [2, 4, 3, 3]}, "C must be groups"),
-        ({9: [0, 1]}, r"stride must be two integers >= 1, got \[0, 1\]"),
-        ({10: [1, -1]}, "padding must be two integers >= 0"),
-        ({11: [1]}, "dilation must be two integers >= 1"),
-        ({11: [9, 9]}, "larger than the padded image, got H, W = 6, 7"),
-        ({12: 3}, "groups must divide O"),
+        ({8: 5}, "bits must be the container 2, 4 or 8, got 5"),
+        ({9: [2, 3, 3]}, "weight_size must be"),
+        ({9: [2, 4, 3, 3]}, "C must be groups"),
+        ({10: [0, 1]}, r"stride must be two integers >= 1, got \[0, 1\]"),
+        ({11: [1, -1]}, "padding must be two integers >= 0"),
+        ({12: [1]}, "dilation must be two integers >= 1"),
+        ({12: [9, 9]}, "larger than the padded image, got H, W = 6, 7"),
+        ({13: 3}, "groups must divide O"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value)[:30],
 )

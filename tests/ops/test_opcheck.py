@@ -95,11 +95,8 @@ CASES: Cases = {
     ],
     "linear_acc": lambda: [(codes(2, 3, 10), packed(6, 10), 4, 6)],
     "conv2d": lambda: [
-        (codes(2, 6, 6, 7), *grid(2), packed(4, 3, 3, 3), *grid(4, n), bias, *GEOMETRY)
-        for n, bias in ((1, torch.randn(4)), (4, None))
-    ],
-    "conv2d_offset": lambda: [
-        (codes(2, 6, 6, 7), torch.randn(6, 1, 1), packed(4, 3, 3, 3), *grid(4, 1), *GEOMETRY)
+        (codes(2, 6, 6, 7), *grid(2), packed(4, 3, 3, 3), *grid(4, n), *optional, *GEOMETRY)
+        for n, optional in ((1, (torch.randn(4), None)), (4, (None, torch.randn(6, 1, 1))))
     ],
     "conv2d_acc": lambda: [(codes(2, 6, 6, 7), packed(4, 3, 3, 3), *GEOMETRY)],
     "selective_scan": lambda: [scan(optional, grad=True) for optional in (True, False)],

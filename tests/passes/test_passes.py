@@ -6,14 +6,12 @@ import pytest
 import torch
 from support.models import CAPTURES, ConvNet, ScanNet, example
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 import qmir_ao
 from qmir_ao.errors import PassOrderError
 from qmir_ao.passes.fold import FoldConstants, FoldWeights
 from qmir_ao.passes.lower import (
-    BORDER_REASON,
-    REASON,
     DecomposeFakeQuantize,
     LowerConv,
     LowerLinear,
@@ -152,9 +150,10 @@ def test_operators_become_integer_ones(name: str, capture: str) -> None:
     assert one.rewrite(graph) == expected
     graph.graph.eliminate_dead_code()
     assert count(graph, new) == expected
-    borders = [n for n in graph.graph.nodes if n.target is qmir.conv2d_offset.default]
-    assert len(borders) == (2 if name == "LowerConv" else 0)
-    assert all(n.meta[REASON] == BORDER_REASON for n in borders)
+    if name == "LowerConv":
+        convolutions = [n for n in graph.graph.nodes if n.target is new]
+        assert all(isinstance(n.args[7], Node) for n in convolutions)  # the channel shift
+        assert count(graph, aten.sub.Tensor) == 0
     assert count(graph, old) == kept
 
 

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 
 import qmir_ao
-from qmir_ao.ops.conv2d_offset import conv2d_offset
-from qmir_ao.ops.pack import pack
 from qmir_ao.quant.fake_quant import DLSFakeQuantize
 
 
@@ -89,7 +87,7 @@ class Convs(nn.Module):
 @pytest.mark.parametrize("capture", ["fx", "export"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("bits", [2, 8])
-def test_becomes_biases_and_borders(capture, bias, bits, tmp_path):
+def test_becomes_biases_and_offsets(capture, bias, bits, tmp_path):
     torch.manual_seed(bits)
     x = torch.randn(2, 3, 11, 9)
     example = (x[:1],) if capture == "export" else None
@@ -161,30 +159,6 @@ def test_compiled_prepared_network():
     assert float((error < 1e-3 * want.abs().max()).float().mean()) > 0.95
 
 
-@pytest.mark.parametrize("groups", [1, 4, 8])
-@pytest.mark.parametrize("single", [True, False])
-def test_offset_operator_against_a_float_convolution(groups, single):
-    torch.manual_seed(groups)
-    size = [16, 8 // groups, 3, 2]
-    weight = torch.randint(-8, 8, size, dtype=torch.int8)
-    step, shift = torch.rand(16) + 0.1, torch.randn(1)
-    offset = torch.randn(1 if single else 8)
-    geometry = {"stride": [2, 1], "padding": [2, 1], "dilation": [1, 2], "groups": groups}
-    codes = torch.zeros(3, 8, 7, 6, dtype=torch.int8)
-    got = conv2d_offset(
-        codes, offset, pack(weight, 4), step, shift, bits=4, weight_size=size, **geometry
-    )
-    values = step.double().reshape(-1, 1, 1, 1) * weight.double() - shift.double()
-    image = offset.double().reshape(1, -1, 1, 1).expand(1, 8, 7, 6)
-    want = torch.nn.functional.conv2d(image, values, None, *geometry.values())
-    assert got.dtype == torch.float32 and got.shape == want.shape
-    assert float((got - want).abs().max()) <= 1e-5 * float(want.abs().max())
-    with pytest.raises(RuntimeError, match="conv2d_offset: codes must be"):
-        conv2d_offset(
-            codes[:, :5], offset, pack(weight, 4), step, shift, bits=4, weight_size=size, **geometry
-        )
-
-
 def test_a_wrong_border_is_noticed(monkeypatch):
     """The mutation: constants instead of borders, as if every tap lay inside the image."""
     from qmir_ao.passes import lower
@@ -195,10 +169,15 @@ def test_a_wrong_border_is_noticed(monkeypatch):
         changed = rewrite(self, graph_module)
         graph = graph_module.graph
         for node in list(graph.nodes):
-            if node.target is qmir.conv2d_offset.default:
-                with graph.inserting_after(node):
-                    middle = graph.call_function(aten.amax.default, (node, [2, 3], True))
-                node.replace_all_uses_with(middle, lambda user, new=middle: user is not new)
+            if node.target is qmir.conv2d.default:
+                users = list(node.users)
+                with graph.inserting_before(next(iter(users))):
+                    plain = graph.call_function(node.target, (*node.args[:7], None, *node.args[8:]))
+                    lost = graph.call_function(aten.sub.Tensor, (plain, node))
+                    middle = graph.call_function(aten.amax.default, (lost, [2, 3], True))
+                    wrong = graph.call_function(aten.sub.Tensor, (plain, middle))
+                for user in users:
+                    user.replace_input_with(node, wrong)
         return changed
 
     torch.manual_seed(0)

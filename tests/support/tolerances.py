@@ -37,6 +37,13 @@ SCAN_FLOOR = 3 * 2.0**-24
 # covers the second order.
 AFFINE_RESULT = 6 * 2.0**-24
 
+# Channel offsets of a convolution are rounded to multiples of 2^(e-38), e the exponent of the
+# largest: off by half of that, at most 2^-38 of the largest, times |w_hat| <= |step*q| + |shift| at
+# each tap. Their sums are exact; what float64 rounds after them, and in the oracle of the tests, is
+# 2^-53 of the same sum a few hundred times at most. In all below 2^-37 of max|offset| * sum of
+# |step*q| + |shift| over the taps inside.
+OFFSET_ROUNDING = 2.0**-37
+
 
 def scan_q_roundings(steps: int, states: int, exponent: float, offset: float) -> float:
     """Roundings (in units of 2^-24) on the longest path of `selective_scan_q`.

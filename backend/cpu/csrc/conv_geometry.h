@@ -1,9 +1,11 @@
 // What the convolution kernels share: sizes, which taps lie inside the image, and the write-back.
 // Zero padding pads x_hat = 0, not q = 0, so near a border the number of taps and the sum of weight
-// codes depend on the position. Positions with the same valid taps form a class; the constant term
-// is tabulated per class.
+// codes depend on the position, and so does what a shift of the channels takes. Positions with the
+// same valid taps form a class; the constant term is tabulated per class.
 #pragma once
 #include <algorithm>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "dot_tile.h"
@@ -14,7 +16,8 @@ namespace qmir {
 // Mirrors the array that backend/cpu/conv2d.py passes.
 struct ConvShape {
   int64_t batch, channels, height, width, features, kernel_h, kernel_w, stride_h, stride_w, pad_h,
-      pad_w, dilation_h, dilation_w, groups, out_h, out_w, bits, x_groups, w_steps, w_shifts;
+      pad_w, dilation_h, dilation_w, groups, out_h, out_w, bits, x_groups, w_steps, w_shifts,
+      x_offsets;
 
   int64_t group_channels() const {
     return channels / groups;
@@ -31,7 +34,7 @@ struct ConvOperands {
   const int8_t* x;
   const float *x_step, *x_shift;
   const uint8_t* weight;
-  const float *w_step, *w_shift, *bias;
+  const float *w_step, *w_shift, *bias, *x_offset;
 };
 
 // Ranges of kernel positions that fall inside the image, along one axis.
@@ -59,30 +62,77 @@ struct Border {
   }
 };
 
-// Sums of weight codes per feature: table[(i * (kw + 1) + j)] covers the taps above and left of it.
+// Integer sums per feature: table[(i * (kw + 1) + j)] covers the taps above and left of it. `Sum`
+// is unsigned: a result that fits the signed type is exact, whatever wraps on the way.
+template <class Sum>
 struct TapSums {
-  int64_t taps_w;
-  std::vector<int32_t> table;
+  int64_t taps_w, size;
+  std::vector<Sum> table;
 
-  TapSums(const ConvShape& s, const int8_t* codes) : taps_w(s.kernel_w) {
-    const int64_t inputs = s.group_channels(), size = (s.kernel_h + 1) * (s.kernel_w + 1);
-    table.assign(s.features * size, 0);
+  // value(o, c, position of the code) is summed over the channels c of a group.
+  template <class Value>
+  TapSums(const ConvShape& s, const Value& value)
+      : taps_w(s.kernel_w),
+        size((s.kernel_h + 1) * (s.kernel_w + 1)),
+        table(s.features * size) {
+    const int64_t inputs = s.group_channels();
     for (int64_t o = 0; o < s.features; ++o) {
-      int32_t* at = table.data() + o * size;
+      Sum* at = table.data() + o * size;
       for (int64_t i = 0; i < s.kernel_h; ++i)
         for (int64_t j = 0; j < s.kernel_w; ++j) {
-          int32_t sum = 0;
+          Sum sum = 0;
           for (int64_t c = 0; c < inputs; ++c)
-            sum += codes[((o * inputs + c) * s.kernel_h + i) * s.kernel_w + j];
+            sum += (Sum)value(o, c, ((o * inputs + c) * s.kernel_h + i) * s.kernel_w + j);
           const int64_t below = (i + 1) * (taps_w + 1) + j + 1;
           at[below] = sum + at[below - 1] + at[below - taps_w - 1] - at[below - taps_w - 2];
         }
     }
   }
-  int32_t inside(const int32_t* at, int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+  int64_t inside(int64_t o, int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
     const int64_t w = taps_w + 1;
-    return at[i1 * w + j1] - at[i0 * w + j1] - at[i1 * w + j0] + at[i0 * w + j0];
+    const Sum* at = table.data() + o * size;
+    return (std::make_signed_t<Sum>)(at[i1 * w + j1] - at[i0 * w + j1] - at[i1 * w + j0] +
+                                     at[i0 * w + j0]);
   }
+};
+
+// The shift of each channel as a multiple of one unit, and what it takes from the outputs.
+class ChannelOffsets {
+ public:
+  ChannelOffsets(const ConvShape& s, const ConvOperands& in, const int8_t* codes)
+      : s_(s), unit_(offset_unit(largest(in.x_offset, s.x_offsets))), code_(s.channels) {
+    for (int64_t c = 0; c < s.channels; ++c)
+      code_[c] = offset_code(in.x_offset[s.x_offsets > 1 ? c : 0], unit_);
+    group_.resize(s.groups);
+    for (int64_t c = 0; c < s.channels; ++c) group_[c / s.group_channels()] += code_[c];
+    products_.emplace(s, [&](int64_t o, int64_t c, int64_t at) {
+      return codes[at] * code_[first_channel(o) + c];
+    });
+  }
+
+  double lost(int64_t o, int64_t i0, int64_t i1, int64_t j0, int64_t j1, float step,
+              float shift) const {
+    const int64_t sum = (i1 - i0) * (j1 - j0) * group_[o / s_.group_features()];
+    return offset_lost(products_->inside(o, i0, i1, j0, j1), sum, unit_, step, shift);
+  }
+
+ private:
+  static float largest(const float* offset, int64_t count) {
+    float found = 0.0f;
+    for (int64_t c = 0; c < count; ++c) {
+      if (!std::isfinite(offset[c])) return NAN;
+      found = std::max(found, std::fabs(offset[c]));
+    }
+    return found;
+  }
+  int64_t first_channel(int64_t o) const {
+    return o / s_.group_features() * s_.group_channels();
+  }
+
+  const ConvShape& s_;
+  double unit_;
+  std::vector<int64_t> code_, group_;
+  std::optional<TapSums<uint64_t>> products_;
 };
 
 // Result of a convolution: float values, or the int32 accumulators where `acc` is given.
@@ -95,7 +145,7 @@ class ConvResult {
         cols_(s.out_w, s.stride_w, s.pad_w, s.dilation_w, s.kernel_w, s.width),
         y_(y),
         acc_(acc) {
-    if (wants_float()) tabulate(in, TapSums(s, codes));
+    if (wants_float()) tabulate(in, codes);
   }
 
   bool wants_float() const {
@@ -131,8 +181,11 @@ class ConvResult {
   }
 
  private:
-  void tabulate(const ConvOperands& in, const TapSums& sums) {
-    const int64_t size = (s_.kernel_h + 1) * (s_.kernel_w + 1), inputs = s_.group_channels();
+  void tabulate(const ConvOperands& in, const int8_t* codes) {
+    const int64_t inputs = s_.group_channels();
+    const TapSums<uint32_t> sums(s_, [&](int64_t, int64_t, int64_t at) { return codes[at]; });
+    std::optional<ChannelOffsets> offsets;
+    if (in.x_offset) offsets.emplace(s_, in, codes);
     acc_scale_.resize(s_.x_groups * s_.features);
     sx_scale_.resize(s_.x_groups * s_.features);
     constant_.reserve(s_.x_groups * rows_.classes() * s_.features * cols_.classes());
@@ -148,10 +201,10 @@ class ConvResult {
             const int64_t j0 = cols_.first[c], j1 = cols_.last[c];
             const float step = in.w_step[s_.w_steps > 1 ? o : 0];
             const float shift = in.w_shift[s_.w_shifts > 1 ? o : 0];
+            const double lost = offsets ? offsets->lost(o, i0, i1, j0, j1, step, shift) : 0.0;
             constant_.push_back(affine_constant(
-                (i1 - i0) * (j1 - j0) * inputs,
-                sums.inside(sums.table.data() + o * size, i0, i1, j0, j1), in.x_shift[g],
-                step, shift, in.bias ? in.bias[o] : 0.0f));
+                (i1 - i0) * (j1 - j0) * inputs, sums.inside(o, i0, i1, j0, j1), in.x_shift[g],
+                step, shift, in.bias ? in.bias[o] : 0.0f, lost));
           }
     }
   }

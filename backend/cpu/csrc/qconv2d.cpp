@@ -198,13 +198,13 @@ void convolve(ConvShape s, const ConvOperands& in, float* y, int32_t* acc) {
 extern "C" {
 
 void qmir_conv2d_acc(const int8_t* x, const uint8_t* weight, const ConvShape* shape, int32_t* y) {
-  convolve(*shape, {x, nullptr, nullptr, weight, nullptr, nullptr, nullptr}, nullptr, y);
+  convolve(*shape, {.x = x, .weight = weight}, nullptr, y);
 }
 
 void qmir_conv2d(const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,
                  const float* w_step, const float* w_shift, const float* bias,
-                 const ConvShape* shape, float* y) {
-  convolve(*shape, {x, x_step, x_shift, weight, w_step, w_shift, bias}, y, nullptr);
+                 const float* x_offset, const ConvShape* shape, float* y) {
+  convolve(*shape, {x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset}, y, nullptr);
 }
 
 }  // extern "C"
