@@ -81,10 +81,10 @@ class SS2D(nn.Module):
         decay = -torch.exp(self.A_logs)
         bias = self.dt_projs_bias.reshape(K * self.inner)
         y = torch.ops.qmir.selective_scan(xs, dts, decay, b_in, c_out, self.Ds, bias, True)
-        y = y.reshape(b, K, d, h * w)
-        y = y[:, :2] + y[:, 2:].flip(-1)
-        columns = y[:, 1].reshape(b, d, w, h).transpose(2, 3)
-        summed: Tensor = y[:, 0].reshape(b, d, h, w) + columns
+        # Chunks, not slices: the gradient of a slice is a tensor of zeros with a part filled in.
+        onward, back = y.reshape(b, K, d, h * w).chunk(2, dim=1)
+        rows, columns = (onward + back.flip(-1)).chunk(2, dim=1)
+        summed: Tensor = rows.reshape(b, d, h, w) + columns.reshape(b, d, w, h).transpose(2, 3)
         return summed
 
     def forward(self, x: Tensor) -> Tensor:
