@@ -50,6 +50,16 @@ def _choose(kind: str, name: str, table: dict[str, Any]) -> Any:
     return table[name]
 
 
+def _dls_settings(activation: str, **settings: Any) -> dict[str, Any]:
+    """Arguments of `DLSFakeQuantize` from those that were given."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if given and activation != "dls":
+        raise ConfigError(f"{next(iter(given))}=... is for activation='dls', not {activation!r}")
+    if "statistics" in given:
+        given |= _choose("statistics", given.pop("statistics"), STATISTICS)
+    return given
+
+
 def get_qmir_qconfig(
     weight_bits: int = 4,
     act_bits: int = 4,
@@ -62,6 +72,7 @@ def get_qmir_qconfig(
     granularity: str | None = None,
     constants: str | None = None,
     statistics: str | None = None,
+    channel_shift: bool | None = None,
     cap: bool | None = None,
     clamp_output: bool | None = None,
 ) -> QConfig:
@@ -85,6 +96,8 @@ def get_qmir_qconfig(
             round A to zero.
         statistics: what DLS predicts a step from: "token" (each token before linear layers, each
             sample elsewhere), "sample" or "tensor" (the whole batch); None leaves it to the preset.
+        channel_shift: whether DLS learns a further shift for each channel before linear layers and
+            convolutions; None leaves it to the preset.
         cap: limit DLS's step to (max - min) / 2**bits.
         clamp_output: clip what DLS returns to the input's range, off the integer grid.
 
@@ -102,24 +115,23 @@ def get_qmir_qconfig(
         raise ConfigError(
             "constants=... is for static activations; DLS always folds A, D and delta bias offline"
         )
-    dls = {"statistics": statistics, "cap": cap, "clamp_output": clamp_output}
-    given = [name for name, value in dls.items() if value is not None]
-    if given and activation != "dls":
-        raise ConfigError(f"{given[0]}=... is for activation='dls', not {activation!r}")
+    act_kwargs |= _dls_settings(
+        activation,
+        statistics=statistics,
+        channel_shift=channel_shift,
+        cap=cap,
+        clamp_output=clamp_output,
+    )
     for kwargs, name, value in (
         (act_kwargs, "preset", preset),
         (act_kwargs, "init", init),
         (act_kwargs, "constants", constants),
-        (act_kwargs, "cap", cap),
-        (act_kwargs, "clamp_output", clamp_output),
         (weight_kwargs, "preset", preset),
         (weight_kwargs, "init", weight_init),
         (weight_kwargs, "granularity", granularity),
     ):
         if value is not None:
             kwargs[name] = value
-    if statistics is not None:
-        act_kwargs |= _choose("statistics", statistics, STATISTICS)
     qconfig = QConfig(activation=act.with_args(**act_kwargs), weight=wgt.with_args(**weight_kwargs))
     # Constructed once here, so that a bad combination fails at this call and not deep in prepare.
     qconfig.activation()

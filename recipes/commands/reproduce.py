@@ -1,5 +1,6 @@
 """`qmir reproduce`: the paper's tables and figures."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,9 @@ from qmir_ao.recipes.console import OUT, emit_json, emit_table, progress, status
 
 
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="table1 to table10, fig2, fig3 or fig5.")],
+    experiment: Annotated[
+        str, typer.Argument(help="table1 to table10, fig2, fig3, fig5 or qat-x2.")
+    ],
     scale: Annotated[
         str,
         typer.Option(help="tiny: minutes to an hour on two cores; full: the paper's setting."),
@@ -64,7 +67,7 @@ def reproduce(
     """Run a table or figure of the paper and put its numbers beside; a second call goes on."""
     with status("loading torch"):
         from qmir_ao.recipes.experiments.benches import Request, TestSet
-        from qmir_ao.recipes.experiments.registry import get_experiment
+        from qmir_ao.recipes.experiments.registry import COMPARISON, get_experiment
         from qmir_ao.recipes.experiments.reproduce import reproduce as run
 
         get_experiment(experiment)
@@ -79,16 +82,35 @@ def reproduce(
             iterations,
             float_iterations,
         )
+    if experiment == COMPARISON.key:
+        _compare(request, workers, as_json)
+        return
     document = run(request, workers, progress)
     if as_json:
         emit_json(document)
-        return
+    else:
+        _print(document, request)
+
+
+def _print(document: dict[str, Any], request: Any) -> None:
     header, rows = _table(document)
     networks = ", ".join({f["network"]: None for f in document["benches"].values()}) or "nothing"
-    emit_table(f"{experiment}: {document['title']} ({scale}: {networks})", header, rows)
+    name = request.experiment
+    emit_table(f"{name}: {document['title']} ({request.scale}: {networks})", header, rows)
     for reason, count in Counter(r["status"] for r in document["rows"] if not r["ran"]).items():
         OUT.print(f"{count} rows {reason}")
-    OUT.print(f"Page: {output / f'{experiment}.md'}")
+    OUT.print(f"Page: {request.output / f'{name}.md'}")
+
+
+def _compare(request: Any, workers: int, as_json: bool) -> None:
+    """The comparison of methods has stages and a page of its own."""
+    from qmir_ao.recipes.experiments.compare_methods import compare_methods
+
+    page = compare_methods(request, workers, progress)
+    if as_json:
+        emit_json(json.loads((page.parent / "qat-x2.json").read_text()))
+        return
+    OUT.print(f"Page: {page}")
 
 
 def _weights(given: list[str]) -> dict[str, Path]:

@@ -6,7 +6,7 @@ rate is the best of three on the first seed at the width in question; the other 
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,18 +14,34 @@ from typing import Any
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.experiments.methods import METHODS
+from qmir_ao.recipes.experiments.registry import COMPARISON
 from qmir_ao.recipes.experiments.runs import Run
 
 RATES = (8e-4, 1.6e-3, 3.2e-3)
 SEEDS = (0, 1, 2)
 WIDTHS = (2, 4)
-ITERATIONS = 1000
+EIGHT_BIT_METHODS = ("dls+rfa", "lsq")
+"""At 8 bits every method is close to float; these two show it."""
+ITERATIONS = COMPARISON.budget.iterations
 ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "DLS initialisation": [
-        (init, {"init": init})
-        for init in ("mse", "closed_form", "mu3s", "mu4s", "minmax", "mu_halfrange", "mid3s")
+        ("mse", {}),
+        *(
+            (init, {"init": init})
+            for init in ("closed_form", "mu3s", "mu4s", "minmax", "mu_halfrange", "mid3s")
+        ),
     ],
-    "DLS statistics": [(kind, {"statistics": kind}) for kind in ("token", "sample", "tensor")],
+    "DLS statistics": [
+        ("token", {}),
+        ("sample", {"statistics": "sample"}),
+        ("tensor", {"statistics": "tensor"}),
+    ],
+    "DLS additions": [
+        ("statistics per token, channel shift", {}),
+        ("without statistics per token", {"statistics": "sample"}),
+        ("without channel shift", {"channel_shift": False}),
+        ("without both", {"statistics": "sample", "channel_shift": False}),
+    ],
     "DLS step and output": [
         ("free", {}),
         ("cap", {"cap": True}),
@@ -33,7 +49,7 @@ ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("cap and output clamp", {"cap": True, "clamp_output": True}),
     ],
     "RFA granularity": [
-        ("per output channel", {"granularity": "per_channel"}),
+        ("per output channel", {}),
         ("per tensor", {"granularity": "per_tensor"}),
     ],
     "Placement": [("paper", {}), ("published code", {"placement": "official"})],
@@ -59,12 +75,14 @@ class Cell:
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def search_runs(width: int, iterations: int = ITERATIONS) -> list[Run]:
-    """All methods at all learning rates, first seed."""
+def search_runs(
+    width: int, iterations: int = ITERATIONS, methods: Iterable[str] = tuple(METHODS)
+) -> list[Run]:
+    """The methods at all learning rates, first seed."""
     return [
         Run(key, width, width, SEEDS[0], learning_rate=rate, iterations=iterations)
         for rate in RATES
-        for key in METHODS
+        for key in methods
     ]
 
 
@@ -81,11 +99,16 @@ def best_rates(records: Iterable[dict[str, Any]], width: int) -> dict[str, float
     return {key: rate for key, (_, rate) in best.items()}
 
 
-def seed_runs(rates: dict[str, float], width: int, iterations: int = ITERATIONS) -> list[Run]:
+def seed_runs(
+    rates: dict[str, float],
+    width: int,
+    iterations: int = ITERATIONS,
+    seeds: Sequence[int] = SEEDS,
+) -> list[Run]:
     """All methods at their learning rates, all seeds."""
     return [
         Run(key, width, width, seed, learning_rate=rates[key], iterations=iterations)
-        for seed in SEEDS
+        for seed in seeds
         for key in METHODS
         if key in rates
     ]
@@ -113,7 +136,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         ConfigError: the folder holds none, or a damaged one.
     """
     records = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*-w[0-9]a[0-9]-*.json")):
         try:
             records.append(json.loads(path.read_text()))
         except ValueError as error:
@@ -123,8 +146,16 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each run and test set, of the runs without changed settings at the best rates."""
+def rows(
+    records: Iterable[dict[str, Any]], steps: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """One row for each run and test set, of the runs without changed settings at the best rates.
+
+    Args:
+        records: from `read_records`.
+        steps: seconds of a training step by `method-wNaN`, measured on a quiet machine; where one
+            is missing the row has that of its run, which other work may have slowed down.
+    """
     kept = [r for r in records if not r["settings"]]
     rates = {width: best_rates(kept, width) for width in sorted({r["weight_bits"] for r in kept})}
     return [
@@ -138,7 +169,9 @@ def rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "psnr_integer": round(s["psnr_integer"], 4),
             "ssim": round(s["ssim"], 5),
             "ssim_integer": round(s["ssim_integer"], 5),
-            "seconds_per_step": r["seconds_per_step"],
+            "seconds_per_step": (steps or {}).get(
+                f"{r['method']}-w{r['weight_bits']}a{r['act_bits']}", r["seconds_per_step"]
+            ),
             "learning_rate": r["learning_rate"],
             "iterations": r["iterations"],
             "weight_bytes": r["weight_bytes"],

@@ -183,13 +183,20 @@ def open_benches(
 
 
 def work_together(
-    request: Request,
     jobs: Sequence[Job],
     benches: dict[str, OpenBench],
     workers: int,
+    reopen: Callable[[], dict[str, OpenBench]],
     progress: Progress | None = None,
 ) -> None:
     """Do the jobs in this process and in `workers - 1` others.
+
+    Args:
+        jobs: what to do.
+        benches: networks and images.
+        workers: processes.
+        reopen: opens the benches again in another process; it must pickle.
+        progress: called with (done, total) steps of all jobs.
 
     Raises:
         ConfigError: fewer than one worker.
@@ -208,7 +215,7 @@ def work_together(
     try:
         # Spawned, because a forked child inherits the locks of torch's threads.
         with ProcessPoolExecutor(workers - 1, mp_context=get_context("spawn")) as pool:
-            others = [pool.submit(_worker, request, share) for _ in range(workers - 1)]
+            others = [pool.submit(_worker, jobs, reopen, share) for _ in range(workers - 1)]
             work_jobs(jobs, benches, progress)
             for other in others:
                 other.result()
@@ -216,9 +223,12 @@ def work_together(
         torch.set_num_threads(threads)
 
 
-def _worker(request: Request, threads: int) -> int:
+def _worker(jobs: Sequence[Job], reopen: Callable[[], dict[str, OpenBench]], threads: int) -> int:
     """What another process of the same command does."""
     torch.set_num_threads(threads)
-    planned = plan(request)
-    benches = {name: open_bench(name, request) for name in bench_names(planned)}
-    return work_jobs(all_jobs(planned, benches, request), benches)
+    return work_jobs(jobs, reopen())
+
+
+def reopen_benches(request: Request) -> dict[str, OpenBench]:
+    """The benches of a request that another process has opened before."""
+    return {name: open_bench(name, request) for name in bench_names(plan(request))}

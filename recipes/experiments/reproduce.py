@@ -3,12 +3,18 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qmir_ao.recipes.experiments import findings
 from qmir_ao.recipes.experiments.benches import OpenBench, Request, plan
-from qmir_ao.recipes.experiments.jobs import all_jobs, open_benches, work_together
+from qmir_ao.recipes.experiments.jobs import (
+    all_jobs,
+    open_benches,
+    reopen_benches,
+    work_together,
+)
 from qmir_ao.recipes.experiments.registry import Line
 from qmir_ao.recipes.experiments.results import collect
 from qmir_ao.recipes.experiments.tables import render
@@ -47,7 +53,7 @@ def reproduce(request: Request, workers: int = 1, progress: Progress = _silent) 
     jobs = all_jobs(planned, benches, request)
     if jobs:
         with progress(f"{request.experiment}: {len(jobs)} runs") as report:
-            work_together(request, jobs, benches, workers, report)
+            work_together(jobs, benches, workers, partial(reopen_benches, request), report)
     document = collect(planned, benches, request)
     plots = _finish(document, planned, benches, request)
     _write(output / f"{request.experiment}.json", _json(document))

@@ -19,6 +19,7 @@ import qmir_ao
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.evaluate import evaluate
 from qmir_ao.recipes.experiments.methods import get_method
+from qmir_ao.recipes.experiments.quantizer_statistics import quantizer_statistics
 from qmir_ao.recipes.qat import qat_options, train_quantized
 from qmir_ao.recipes.tasks import SuperResolution, Task
 
@@ -114,8 +115,9 @@ def execute(
         progress: called with (done, total) after each step.
 
     Returns:
-        A record with the settings, the loss, the seconds of a step, the bytes, and for each test
-        set the PSNR of the fake-quantized and PSNR and SSIM of the integer network.
+        A record with the settings, the loss, the seconds of a step, the bytes, what the
+        quantizers do to training patches (`quantizer_statistics`), and for each test set the PSNR
+        of the fake-quantized and PSNR and SSIM of the integer network.
     """
     options = qat_options(
         run.iterations,
@@ -137,6 +139,7 @@ def execute(
     lowered = qmir_ao.convert_and_lower(result.prepared, target="cpu")
     if keep is not None:
         qmir_ao.save(lowered, keep)
+    patches = torch.stack([dataset[i][0] for i in range(run.batch)])
     tail = result.losses[-max(1, run.iterations // 10) :]
     return {
         **asdict(run),
@@ -145,6 +148,7 @@ def execute(
         "weight_bytes": lowered.report.weight_bytes,
         "scale_bytes": lowered.report.scale_bytes,
         "float_bytes": lowered.report.float_bytes,
+        "quantizers": quantizer_statistics(result.prepared, patches),
         "sets": _scores(bench, result.prepared, lowered),
     }
 
@@ -194,31 +198,3 @@ def _alive(lock: Path) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def work(
-    runs: Sequence[Run],
-    bench: Bench,
-    folder: Path,
-    *,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> int:
-    """Do every run that has no record yet; several processes may share the folder.
-
-    Returns:
-        The number of runs done by this call.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    datasets: dict[int, PatchDataset] = {}
-    done = 0
-    for index, run in enumerate(runs):
-        if progress is not None:
-            progress(index, len(runs), run.name)
-        if not claim(folder, run.name):
-            continue
-        if run.patch not in datasets:
-            datasets[run.patch] = open_dataset(bench, run.patch)
-        write_record(folder, run.name, execute(run, bench, datasets[run.patch]))
-        (folder / f"{run.name}.lock").unlink(missing_ok=True)
-        done += 1
-    return done

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from qmir_ao.errors import ConfigError
-from qmir_ao.recipes.experiments import evidence, runs
+from qmir_ao.recipes.experiments import evidence
 from qmir_ao.recipes.experiments.evidence_page import write_page
 from qmir_ao.recipes.experiments.methods import METHODS, get_method
-from qmir_ao.recipes.experiments.runs import Run, claim, write_record
+from qmir_ao.recipes.experiments.runs import Run
 
 FLOAT = {"Set5": 37.12, "B100": 31.05}
 
@@ -23,6 +23,10 @@ def _record(run: Run, psnr: float) -> dict:
         "weight_bytes": 1000,
         "scale_bytes": 10,
         "float_bytes": 8000,
+        "quantizers": {
+            "linear": {"count": 8, "sqnr": 9.0, "clipped": 0.04, "entropy": 1.5},
+            "weights": {"count": 8, "sqnr": 11.0, "threshold_movement": 0.125},
+        },
         "sets": {"Set5": scores, "B100": {**scores, "psnr_integer": psnr - 5}},
     }
 
@@ -97,11 +101,24 @@ def test_rows_and_table():
     assert first.deviation == pytest.approx(0.001, abs=1e-4)
 
 
+def _page(records: list[dict], folder: Path) -> str:
+    return write_page(records, evidence.rows(records), folder, float_psnr=FLOAT).read_text()
+
+
+def test_measured_steps_replace_those_of_the_runs():
+    entries = evidence.rows(_records(), {"lsq-w2a2": 0.25})
+    assert {e["seconds_per_step"] for e in entries if e["method"] == "lsq"} == {0.25}
+    assert {e["seconds_per_step"] for e in entries if e["method"] == "ste"} == {0.1}
+
+
 def test_page_says_what_the_numbers_say(tmp_path: Path):
-    text = write_page(_records(), tmp_path, float_psnr=FLOAT).read_text()
+    text = _page(_records(), tmp_path)
     assert "| float32 | | | 37.120 | 31.050 |" in text
     assert "**DLS + RFA**" in text and "### DLS initialisation, 2 bits" in text
     assert "ahead of the best rival, N2UQ, beyond the seeds' spread" in text
+    assert "Set5: DLS + RFA is 0.909 dB below float32" in text
+    assert "| DLS + RFA | 9.0 dB, 4.0 %, 1.50 bits | " in text
+    assert "thresholds moved by 0.125 steps" in text
     assert (tmp_path / "qat-x2-w2a2.png").stat().st_size > 10_000
     assert not (tmp_path / "qat-x2-w4a4.png").exists()
     worse = [
@@ -110,35 +127,21 @@ def test_page_says_what_the_numbers_say(tmp_path: Path):
         else r
         for r in _records()
     ]
-    assert "behind the best rival" in write_page(worse, tmp_path, float_psnr=FLOAT).read_text()
+    assert "behind the best rival" in _page(worse, tmp_path)
 
 
-def test_work_skips_what_is_done_and_survives_a_dead_worker(tmp_path: Path, monkeypatch):
-    done: list[str] = []
-    monkeypatch.setattr(runs, "open_dataset", lambda *_: None)
-    monkeypatch.setattr(
-        runs, "execute", lambda run, *_: done.append(run.name) or _record(run, 36.0)
-    )
-    plan = [Run("lsq", 2, 2, seed) for seed in range(3)]
-    write_record(tmp_path, plan[0].name, _record(plan[0], 36.0))
-    # The lock of a process that no longer runs.
-    (tmp_path / f"{plan[1].name}.lock").write_text("999999999")
-    assert runs.work(plan, None, tmp_path) == 2
-    assert done == [plan[1].name, plan[2].name]
-    assert runs.work(plan, None, tmp_path) == 0
-    assert not list(tmp_path.glob("*.lock"))
-    assert len(evidence.read_records(tmp_path)) == 3
-
-
-def test_a_run_of_another_process_is_left_to_it(tmp_path: Path):
-    assert claim(tmp_path, "a")
-    assert not claim(tmp_path, "a")
+def test_page_says_what_is_missing(tmp_path: Path):
+    records = _records()
+    text = _page(records, tmp_path)
+    assert "W2A2, fewer" not in text and "W4A4, not run: STE, LSQ," in text
+    one_seed = [r for r in records if r["method"] != "lsq" or r["seed"] == 0]
+    assert "W2A2, fewer rates or seeds: LSQ (3 rates, 1 seeds)." in _page(one_seed, tmp_path)
 
 
 def test_errors(tmp_path: Path):
     with pytest.raises(ConfigError, match="no run records"):
         evidence.read_records(tmp_path)
-    (tmp_path / "a.json").write_text(json.dumps({"method": 1})[:-3])
+    (tmp_path / "lsq-w2a2-x.json").write_text(json.dumps({"method": 1})[:-3])
     with pytest.raises(ConfigError, match="delete it"):
         evidence.read_records(tmp_path)
     with pytest.raises(ConfigError, match="allowed: ste, lsq"):

@@ -1,0 +1,127 @@
+"""`qmir reproduce qat-x2`: stages, records, kept networks and page, without training."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import qmir_ao
+from qmir_ao.errors import ConfigError
+from qmir_ao.recipes import cli
+from qmir_ao.recipes.experiments import compare_methods, evidence, jobs
+from qmir_ao.recipes.experiments.benches import Request, TestSet
+from qmir_ao.recipes.experiments.methods import METHODS, get_method
+from qmir_ao.recipes.experiments.quantizer_statistics import quantizer_statistics
+from qmir_ao.recipes.experiments.runs import Run
+from qmir_ao.recipes.models import create_model
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1, None]), axis=-1)
+    assert cv2.imwrite(str(folder / "ramp.png"), pixels)
+    return folder
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Runs that were asked for; each has a score of its own and a folder as its network."""
+    done: list[Run] = []
+
+    def execute(run: Run, bench: Any, dataset: Any, *, keep: Path, progress: Any) -> Any:
+        done.append(run)
+        keep.mkdir()
+        (keep / "name").write_text(run.name)
+        psnr = 36.0 + 100 * run.learning_rate + list(METHODS).index(run.method) / 100
+        scores = {"psnr": psnr, "ssim": 0.9, "psnr_integer": psnr, "ssim_integer": 0.9}
+        sizes = {"weight_bytes": 10, "scale_bytes": 2, "float_bytes": 80}
+        sets = dict.fromkeys(bench.sets, scores)
+        return {**asdict(run), **sizes, "seconds_per_step": 9.0, "loss": 0.1, "sets": sets}
+
+    monkeypatch.setattr(jobs, "execute", execute)
+    monkeypatch.setattr(compare_methods, "_step_seconds", lambda *_: 0.125)
+    return done
+
+
+def _request(output: Path, photos: Path, **more: Any) -> Request:
+    return Request("qat-x2", output, train=(photos,), sets=(TestSet("Set5", photos),), **more)
+
+
+def _command(output: Path, photos: Path, *more: str) -> int:
+    arguments = ["--train", str(photos), "--sets", f"Set5={photos}", "-o", str(output)]
+    return cli.main(["reproduce", "qat-x2", *arguments, "--iterations", "7", *more])
+
+
+def test_every_stage_runs_once_and_results_are_written(
+    tmp_path: Path, photos: Path, trained: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _command(tmp_path, photos) == 0
+    names = [run.name for run in trained]
+    assert len(names) == len(set(names))
+    changed = {tuple(s.items()) for table in evidence.ABLATIONS.values() for _, s in table if s}
+    assert len([run for run in trained if run.settings]) == len(changed)
+    assert all(run.iterations == 7 and run.learning_rate == 3.2e-3 for run in trained if run.seed)
+    for width in evidence.WIDTHS:
+        mine = [run for run in trained if run.weight_bits == width and not run.settings]
+        assert len(mine) == len(METHODS) * (len(evidence.RATES) + len(evidence.SEEDS) - 1)
+    for key in compare_methods.KEPT:
+        kept = (tmp_path / "models" / f"{key}-w2a2" / "name").read_text()
+        assert kept == Run(key, 2, 2, 0, learning_rate=3.2e-3, iterations=7).name
+    entries = json.loads((tmp_path / "qat-x2.json").read_text())
+    # Widths that are not timed keep the time of the run.
+    assert {e["seconds_per_step"] for e in entries if e["weight_bits"] != 8} == {0.125}
+    assert {e["learning_rate"] for e in entries} == {3.2e-3}
+    assert "**Unfinished" not in (tmp_path / "README.md").read_text()
+    assert "README.md" in capsys.readouterr().out
+    count = len(trained)
+    assert _command(tmp_path, photos) == 0 and len(trained) == count
+
+
+def test_other_images_need_another_folder(
+    tmp_path: Path, photos: Path, trained: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _command(tmp_path / "a", photos) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    assert cv2.imwrite(str(other / "grey.png"), np.full((64, 64, 3), 7, np.uint8))
+    count = len(trained)
+    assert _command(tmp_path / "a", other) == 2
+    assert "network, weights or images differ" in " ".join(capsys.readouterr().err.split())
+    assert len(trained) == count
+
+
+def test_wrong_requests(tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(ConfigError, match="--scale tiny only"):
+        compare_methods.compare_methods(_request(tmp_path, photos, scale="full"), 1, None)
+    with pytest.raises(ConfigError, match="--seeds must hold 0"):
+        compare_methods.compare_methods(_request(tmp_path, photos, seeds=(1, 2)), 1, None)
+
+
+@pytest.mark.parametrize("method", ["dls+rfa", "quantsr", "n2uq"])
+def test_quantizer_statistics(method: str) -> None:
+    torch.manual_seed(0)
+    model = create_model("mambair-tiny-x2", pretrained=True)
+    image = torch.rand(2, 3, 16, 16)
+    found = {}
+    for bits in (2, 8):
+        qconfig = qmir_ao.get_qmir_qconfig(bits, bits, **get_method(method).settings)
+        prepared = qmir_ao.prepare_qat(model, qconfig).train()
+        prepared(image)
+        found[bits] = quantizer_statistics(prepared.eval(), image)
+        for kind in ("linear", "conv", "scan"):
+            row = found[bits][kind]
+            assert 0.0 <= row["clipped"] < 0.2
+            assert 0.5 < row["entropy"] <= bits
+    # Six more bits are worth 36 dB on a good grid; N2UQ transforms its weights at every width.
+    for kind, gain in (("linear", 15), ("conv", 15), ("scan", 15), ("weights", 10)):
+        assert found[8][kind]["sqnr"] > found[2][kind]["sqnr"] + gain
+    weights = [m for m in prepared.modules() if getattr(m, "quantizes_weights", False)]
+    assert found[2]["weights"]["count"] == len(weights) > 30
+    assert ("threshold_movement" in found[2]["weights"]) == (method == "dls+rfa")
