@@ -119,6 +119,7 @@ class Run:
             iterations=options.iterations,
             warmup=options.warmup,
             schedule=options.schedule,
+            loss=options.loss,
             teacher=None if teacher is None else Teacher(teacher),
             distill=options.distill,
         )

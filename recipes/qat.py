@@ -33,6 +33,7 @@ def qat_options(
     batch: int = 4,
     patch: int = 32,
     seed: int = 0,
+    loss: str = "l1",
 ) -> TrainOptions:
     """Settings of quantization-aware training: the learning rate is halved four times."""
     return TrainOptions(
@@ -42,6 +43,7 @@ def qat_options(
         learning_rate=learning_rate,
         warmup=0,
         schedule="steps",
+        loss=loss,
         seed=seed,
         save_every=0,
     )

@@ -1,7 +1,6 @@
 """Carry out a recipe: train, quantize and lower if it says so, and evaluate."""
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -31,8 +30,6 @@ WEIGHTS_FILE, LOWERED_FOLDER = "weights.safetensors", "lowered"
 RECIPE_FILE, SCORES_FILE, CHECKPOINTS = "recipe.yaml", "scores.json", "checkpoints"
 MAY_CHANGE = {"data.eval", "data.eval_inputs", *(f"train.{key}" for key in FREE)}
 """Settings that a resumed run need not share: its weights do not depend on them."""
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -148,8 +145,6 @@ def initial_model(recipe: Recipe) -> nn.Module:
             f"recipe {recipe.name}: {name} enlarges {scale} times and takes {channels} channels, "
             f"but {task.title} needs {task.scale} and {task.channels}; change model.name or task"
         )
-    if task.loss != "l1" and not hasattr(recipe.train, "loss"):
-        logger.warning("%s: trained with L1; the published loss is %s", task.title, task.loss)
     return model.train()
 
 

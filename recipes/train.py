@@ -14,6 +14,7 @@ from qmir_ao.recipes import distributed
 from qmir_ao.recipes.checkpoint import load_checkpoint, save_weights
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.evaluate import Evaluation, evaluate
+from qmir_ao.recipes.losses import LOSSES
 from qmir_ao.recipes.models import create_model
 from qmir_ao.recipes.resume import Patches, discard_checkpoints
 
@@ -32,6 +33,7 @@ class TrainOptions:
         learning_rate: highest learning rate of Adam.
         warmup: iterations of linear warm-up.
         schedule: "cosine" (to zero) or "steps" (halved at 50, 75, 87.5 and 93.75 %).
+        loss: "l1", or "charbonnier" (L1 that is smooth around 0).
         clip: largest gradient norm; 0 for no clipping.
         seed: seed of the weights and of the patches.
         max_minutes: stop early after this time, or None; the schedule does not shrink with it.
@@ -49,6 +51,7 @@ class TrainOptions:
     learning_rate: float = 1e-3
     warmup: int = 200
     schedule: str = "cosine"
+    loss: str = "l1"
     clip: float = 1.0
     seed: int = 0
     max_minutes: float | None = None
@@ -76,6 +79,10 @@ class TrainOptions:
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"TrainOptions: schedule must be one of {SCHEDULES}, got {self.schedule!r}"
+            )
+        if self.loss not in tuple(LOSSES):
+            raise ConfigError(
+                f"TrainOptions: loss must be one of {tuple(LOSSES)}, got {self.loss!r}"
             )
         if min(self.clip, self.seed, self.save_every) < 0:
             raise ConfigError("TrainOptions: clip, seed and save_every must not be negative")
@@ -179,6 +186,7 @@ def train(
     start: Path | None = None,
     eval_folder: Path | None = None,
     eval_low_folder: Path | None = None,
+    skip_bad_images: bool = False,
     command: str = "",
     checkpoint_dir: Path | None = None,
     resume: bool = False,
@@ -198,6 +206,7 @@ def train(
         start: weights to start from instead of fresh ones.
         eval_folder: ground-truth images to score the result on.
         eval_low_folder: their low-resolution inputs; made by downscaling if None.
+        skip_bad_images: leave out training images that cannot be read.
         command: command line, stored with the weights.
         checkpoint_dir: folder for checkpoints, see `fit`; they are removed when `out` is written.
         resume: go on from the newest checkpoint of `checkpoint_dir`, if there is one.
@@ -222,6 +231,7 @@ def train(
         patch=options.patch,
         length=options.batch * options.iterations,
         seed=options.seed,
+        skip_bad_images=skip_bad_images,
         progress=loading,
     )
     snapshot = out.with_name(f"{out.stem}.snapshot.safetensors")

@@ -14,6 +14,7 @@ from torch.nn.functional import l1_loss
 from qmir_ao.errors import NonFiniteError
 from qmir_ao.recipes import distributed
 from qmir_ao.recipes.checkpoint import save_weights
+from qmir_ao.recipes.losses import LOSSES
 
 BETAS = (0.9, 0.99)
 MILESTONES = (0.5, 0.75, 0.875, 0.9375)
@@ -64,7 +65,7 @@ class Teacher:
 
 
 class RestorationModule(LightningModule):
-    """L1 training of a restoration network with Adam.
+    """Training of a restoration network with Adam.
 
     Args:
         model: network from (B, C, h, w) to (B, C, s*h, s*w).
@@ -72,6 +73,7 @@ class RestorationModule(LightningModule):
         iterations: length of the schedule.
         warmup: iterations of linear warm-up.
         schedule: "cosine" (to zero) or "steps" (halved at MILESTONES).
+        loss: key of `LOSSES`.
         teacher: network whose output the trained one should meet as well, or None.
         distill: weight of the L1 distance to the teacher's output.
     """
@@ -84,6 +86,7 @@ class RestorationModule(LightningModule):
         iterations: int,
         warmup: int,
         schedule: str,
+        loss: str,
         teacher: Teacher | None = None,
         distill: float = 0.0,
     ) -> None:
@@ -91,18 +94,19 @@ class RestorationModule(LightningModule):
         self.model = model
         self.rate, self.iterations = learning_rate, iterations
         self.warmup, self.schedule = warmup, schedule
+        self.loss = LOSSES[loss]
         self.teacher, self.distill = teacher, distill
         self.last_loss = math.nan
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Mean absolute error of one batch, with the distance to the teacher if there is one.
+        """Loss of one batch, with the distance to the teacher if there is one.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
         low, high = batch
         restored = self.model(low)
-        loss = l1_loss(restored, high)
+        loss = self.loss(restored, high)
         if self.teacher is not None:
             distance = l1_loss(restored, self.teacher(low))
             loss = loss + self.distill * distance

@@ -19,6 +19,7 @@ LearningRate = Annotated[float, typer.Option("--lr", help="Highest learning rate
 LogDir = Annotated[
     Path | None, typer.Option(help="Folder for TensorBoard's curves.", show_default=False)
 ]
+Loss = Annotated[str, typer.Option(help="l1 or charbonnier.")]
 Model = Annotated[
     str,
     typer.Argument(

@@ -36,6 +36,7 @@ def quantize(
     batch: options.Batch = 4,
     patch: options.Patch = 32,
     learning_rate: options.LearningRate = 8e-4,
+    loss: options.Loss = "l1",
     seed: options.Seed = 0,
     precision: options.Precision = "32-true",
     ema: options.Ema = 0.0,
@@ -58,7 +59,7 @@ def quantize(
         from qmir_ao.recipes.qat import qat_options, train_quantized
 
         settings = qat_options(
-            iterations, learning_rate=learning_rate, batch=batch, patch=patch, seed=seed
+            iterations, learning_rate=learning_rate, batch=batch, patch=patch, seed=seed, loss=loss
         )
         settings = dataclasses.replace(
             settings,

@@ -48,7 +48,7 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
         "title": experiment.title,
         "scale": request.scale,
         "table": experiment.table,
-        "notes": [note for note in _notes(table, experiment) if note],
+        "notes": [note for note in _notes(table, experiment, request) if note],
         "seeds": list(request.seeds),
         "qmir_ao": qmir_ao.__version__,
         "torch": torch.__version__,
@@ -61,9 +61,12 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
     }
 
 
-def _notes(table: Table, experiment: Experiment) -> tuple[str, ...]:
+def _notes(table: Table, experiment: Experiment, request: Request) -> tuple[str, ...]:
     # A figure takes some rows of a table only, which its note may not be about.
-    return (table.note if experiment.key == experiment.table else "", experiment.note)
+    printed = table.note if experiment.key == experiment.table else ""
+    tested = any(test.folder is not None for test in request.sets)
+    made_up = request.scale == "tiny" and not (request.train and tested)
+    return printed, experiment.note, experiment.made_up if made_up else ""
 
 
 def _budget(opened: OpenBench, request: Request) -> dict[str, Any]:
@@ -119,7 +122,8 @@ def _status(line: Line, records: dict[int | None, list[dict[str, Any]]], request
     wanted = len(line.parts) * (1 if is_float else len(request.seeds))
     found = [record for group in records.values() for record in group]
     diverged = sum("diverged" in record for record in found)
-    text = "float" if is_float else f"{len(request.seeds)} seeds"
+    seeds = len(request.seeds)
+    text = "float" if is_float else f"{seeds} seed{'s' * (seeds > 1)}"
     if len(found) < wanted:
         text = f"{len(found)} of {wanted} runs, the others run in another process"
     return f"{text}, {diverged} diverged" if diverged else text

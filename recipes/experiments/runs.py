@@ -126,7 +126,7 @@ def execute(
         patch=run.patch,
         seed=run.seed,
     )
-    options = replace(options, clip=bench.clip)
+    options = replace(options, clip=bench.clip, loss=bench.restoration.loss)
     dataset.seed, dataset.length = run.seed, run.batch * run.iterations
     settings = {**get_method(run.method).settings, **run.settings}
     placement = settings.pop("placement", "paper")

@@ -19,6 +19,12 @@ TITLES = {
     "operations_cut": "cut of operations, %",
     "latency": "latency, ms",
 }
+NOT_BUILT = {
+    "lpips": "LPIPS",
+    "operations": "operations of quantized networks",
+    "latency": "latency on a Jetson",
+}
+"""Metrics of the paper that are not measured here."""
 MISSING = "\N{EN DASH}"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
@@ -89,20 +95,39 @@ def _header(document: Document) -> list[str]:
             "Ours are of a small network that was trained for minutes: compare the order of the "
             "methods and their distance to float, not the numbers themselves."
         )
-    lines.append(
-        "Ours are means (and standard deviations) over the seeds "
-        f"{', '.join(map(str, document['seeds']))}, of the network as it runs in integers; "
-        '"simulated" is the fake-quantized one. Not built: LPIPS, operations of quantized '
-        "networks, latency on a Jetson."
-    )
+    lines.append(_origin(document))
     for name, facts in document["benches"].items():
         lines.append(
             f"- `{name}`: {facts['network']}, {facts['parameters']:,} parameters, {facts['task']}, "
-            f"{facts['iterations']} iterations of batch {facts['batch']}, patch {facts['patch']}, "
-            f"learning rate {facts['learning_rate']:g}; runs in `{facts['folder']}`"
+            f"{_float_training(facts)}{facts['iterations']} iterations of batch {facts['batch']}, "
+            f"patch {facts['patch']}, learning rate {facts['learning_rate']:g}; "
+            f"runs in `{facts['folder']}`"
         )
     made = f"Made by qmir_ao {document['qmir_ao']} on torch {document['torch']}"
     return [*_paragraphs(lines), "", f"{made}, {document['created']}."]
+
+
+def _origin(document: Document) -> str:
+    """Which runs our numbers are of, and what has none."""
+    seeds = [str(seed) for seed in document["seeds"]]
+    runs = (
+        f"means (and standard deviations) over the seeds {', '.join(seeds)}"
+        if len(seeds) > 1
+        else f"of seed {seeds[0]} alone"
+    )
+    text = (
+        f"Ours are {runs}, of the network as it runs in integers; "
+        '"simulated" is the fake-quantized one.'
+    )
+    metrics = {cell["metric"] for row in document["rows"] for cell in row["cells"]}
+    lacking = [name for metric, name in NOT_BUILT.items() if metric in metrics]
+    return f"{text} Not built: {', '.join(lacking)}." if lacking else text
+
+
+def _float_training(facts: dict[str, Any]) -> str:
+    """How long the float network was trained, where that was done here."""
+    steps = facts.get("float_iterations")
+    return "" if steps is None else f"{steps} iterations in float, then "
 
 
 def _paragraphs(lines: Sequence[str]) -> list[str]:

@@ -119,6 +119,7 @@ def reduced_network(
         batch=budget.batch,
         patch=budget.patch,
         warmup=min(50, budget.float_iterations // 4),
+        loss=task.loss,
         save_every=0,
     )
     facts = {"task": task.title, "images": listing(folders), "options": options.to_dict()}

@@ -119,9 +119,13 @@ def test_quantizer_statistics(method: str) -> None:
             row = found[bits][kind]
             assert 0.0 <= row["clipped"] < 0.2
             assert 0.5 < row["entropy"] <= bits
-    # Six more bits are worth 36 dB on a good grid; N2UQ transforms its weights at every width.
-    for kind, gain in (("linear", 15), ("conv", 15), ("scan", 15), ("weights", 10)):
-        assert found[8][kind]["sqnr"] > found[2][kind]["sqnr"] + gain
+    # N2UQ compares what it makes of a weight with the weight, which it rescales at every width.
+    kinds = (
+        ("linear", "conv", "scan") if method == "n2uq" else ("linear", "conv", "scan", "weights")
+    )
+    for kind in kinds:
+        # Six more bits are worth 36 dB on a good grid.
+        assert found[8][kind]["sqnr"] > found[2][kind]["sqnr"] + 15
     weights = [m for m in prepared.modules() if getattr(m, "quantizes_weights", False)]
     assert found[2]["weights"]["count"] == len(weights) > 30
     assert ("threshold_movement" in found[2]["weights"]) == (method == "dls+rfa")

@@ -340,6 +340,7 @@ def test_tasks_without_weights_train_a_reduced_network(
     assert [path.stat().st_mtime_ns for path in weights] == before
     assert all(facts["network"] == "mambair-reduced" for facts in document["benches"].values())
     assert rows(document, method=FLOAT)[0]["status"] == "float"
+    assert "1 iterations in float, then 1 iterations" in (tmp_path / f"{name}.md").read_text()
     if name == "table10":
         found = {c["sigma"] for c in rows(document, method="LSQ")[0]["cells"] if c["mean"]}
         assert found == {15, 25}
