@@ -25,6 +25,8 @@ from qmir_ao.recipes.experiments.evidence import (
     WIDTHS,
     ablation_runs,
     best_rates,
+    longer_runs,
+    of_length,
     read_records,
     rows,
     search_runs,
@@ -71,15 +73,23 @@ def _check_images(opened: OpenBench) -> None:
 
 def stages(request: Request, folder: Path) -> Iterator[tuple[str, list[Run]]]:
     """Label and runs of each stage; each reads what the stages before it have recorded."""
-    count = request.iterations or COMPARISON.budget.iterations
+    count = _length(request)
     for width in WIDTHS:
         yield f"learning rates, {width} bits", search_runs(width, count)
     yield "learning rates, 8 bits", search_runs(8, count, EIGHT_BIT_METHODS)
     for width in (*WIDTHS, 8):
-        rates = best_rates(read_records(folder), width)
+        rates = best_rates(of_length(read_records(folder), count), width)
         yield f"seeds, {width} bits", seed_runs(rates, width, count, request.seeds)
-    rate = best_rates(read_records(folder), WIDTHS[0])[DEFAULT]
-    yield f"ablations, {WIDTHS[0]} bits", ablation_runs(rate, WIDTHS[0], count, request.seeds[:1])
+    rates = best_rates(of_length(read_records(folder), count), WIDTHS[0])
+    yield (
+        f"ablations, {WIDTHS[0]} bits",
+        ablation_runs(rates[DEFAULT], WIDTHS[0], count, request.seeds[:1]),
+    )
+    yield f"twice as long, {WIDTHS[0]} bits", longer_runs(rates, WIDTHS[0], count)
+
+
+def _length(request: Request) -> int:
+    return request.iterations or COMPARISON.budget.iterations
 
 
 def compare_methods(request: Request, workers: int, progress: Progress) -> Path:
@@ -116,20 +126,22 @@ def compare_methods(request: Request, workers: int, progress: Progress) -> Path:
             work_together(jobs, benches, workers, again, report)
     with progress("time of a training step") as report:
         measure_steps(opened, report)
-    return write_results(opened, request.output)
+    return write_results(opened, request.output, _length(request))
 
 
-def write_results(opened: OpenBench, output: Path) -> Path:
+def write_results(opened: OpenBench, output: Path, iterations: int) -> Path:
     """Page, `qat-x2.json`, plots and kept models of the records that are there."""
-    records = read_records(opened.folder)
+    everything = read_records(opened.folder)
+    records = of_length(everything, iterations)
     entries = rows(records, _steps(opened.folder))
     atomic_write(output / "qat-x2.json", (json.dumps(entries, indent=1) + "\n").encode())
     _keep_models(opened, records, output / "models")
     baseline = json.loads((opened.folder / f"{FLOAT}.json").read_text())
     return write_page(
-        records,
+        everything,
         entries,
         output,
+        iterations=iterations,
         float_psnr={name: scores["psnr"] for name, scores in baseline["sets"].items()},
     )
 

@@ -22,6 +22,8 @@ SEEDS = (0, 1, 2)
 WIDTHS = (2, 4)
 EIGHT_BIT_METHODS = ("dls+rfa", "lsq")
 """At 8 bits every method is close to float; these two show it."""
+LONGER_METHODS = ("dls+rfa", "dls", "rfa", "lsq", "lsq+", "quantsr", "n2uq")
+"""Methods that also train twice as long."""
 ITERATIONS = COMPARISON.budget.iterations
 ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "DLS initialisation": [
@@ -112,6 +114,17 @@ def seed_runs(
         for key in METHODS
         if key in rates
     ]
+
+
+def longer_runs(rates: dict[str, float], width: int, iterations: int = ITERATIONS) -> list[Run]:
+    """Some methods at their learning rates with twice the iterations, all seeds."""
+    chosen = {key: rate for key, rate in rates.items() if key in LONGER_METHODS}
+    return seed_runs(chosen, width, 2 * iterations)
+
+
+def of_length(records: Iterable[dict[str, Any]], iterations: int) -> list[dict[str, Any]]:
+    """The runs of that many iterations: a method's best rate is one of equally long runs."""
+    return [r for r in records if r["iterations"] == iterations]
 
 
 def ablation_runs(

@@ -67,9 +67,17 @@ def test_every_stage_runs_once_and_results_are_written(
     assert len(names) == len(set(names))
     changed = {tuple(s.items()) for table in evidence.ABLATIONS.values() for _, s in table if s}
     assert len([run for run in trained if run.settings]) == len(changed)
-    assert all(run.iterations == 7 and run.learning_rate == 3.2e-3 for run in trained if run.seed)
+    assert all(run.learning_rate == 3.2e-3 for run in trained if run.seed)
+    longer = {run.method for run in trained if run.iterations == 14}
+    assert longer == set(evidence.LONGER_METHODS) and len(longer) * 3 == len(
+        [run for run in trained if run.iterations != 7]
+    )
     for width in evidence.WIDTHS:
-        mine = [run for run in trained if run.weight_bits == width and not run.settings]
+        mine = [
+            run
+            for run in trained
+            if run.weight_bits == width and not run.settings and run.iterations == 7
+        ]
         assert len(mine) == len(METHODS) * (len(evidence.RATES) + len(evidence.SEEDS) - 1)
     for key in compare_methods.KEPT:
         kept = (tmp_path / "models" / f"{key}-w2a2" / "name").read_text()

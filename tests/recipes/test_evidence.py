@@ -36,11 +36,20 @@ def _records() -> list[dict]:
     for place, key in enumerate(METHODS):
         for rate in evidence.RATES:
             gain = 0.1 if rate == evidence.RATES[place % 3] else 0.0
-            found.append(_record(Run(key, 2, 2, 0, learning_rate=rate), 36 + place / 100 + gain))
+            found.append(
+                _record(
+                    Run(key, 2, 2, 0, learning_rate=rate, iterations=evidence.ITERATIONS),
+                    36 + place / 100 + gain,
+                )
+            )
         for seed in (1, 2):
             rate = evidence.RATES[place % 3]
             value = 36.1 + place / 100 + seed / 1000
-            found.append(_record(Run(key, 2, 2, seed, learning_rate=rate), value))
+            found.append(
+                _record(
+                    Run(key, 2, 2, seed, learning_rate=rate, iterations=evidence.ITERATIONS), value
+                )
+            )
     for run in evidence.ablation_runs(evidence.best_rates(found, 2)["dls+rfa"], 2, seeds=(0,)):
         if run.settings:
             found.append(_record(run, 35.5))
@@ -102,7 +111,9 @@ def test_rows_and_table():
 
 
 def _page(records: list[dict], folder: Path) -> str:
-    return write_page(records, evidence.rows(records), folder, float_psnr=FLOAT).read_text()
+    entries = evidence.rows(evidence.of_length(records, evidence.ITERATIONS))
+    page = write_page(records, entries, folder, iterations=evidence.ITERATIONS, float_psnr=FLOAT)
+    return page.read_text()
 
 
 def test_measured_steps_replace_those_of_the_runs():
@@ -128,6 +139,17 @@ def test_page_says_what_the_numbers_say(tmp_path: Path):
         for r in _records()
     ]
     assert "behind the best rival" in _page(worse, tmp_path)
+
+
+def test_longer_runs_have_a_table_of_their_own(tmp_path: Path):
+    records = _records()
+    text = _page(records, tmp_path)
+    assert "Longer training" not in text
+    longer = Run("lsq", 2, 2, 0, learning_rate=8e-4, iterations=2 * evidence.ITERATIONS)
+    mixed = _page([*records, _record(longer, 39.5)], tmp_path)
+    main, section = mixed.split("## Longer training, 2 bits")
+    assert "39.5" not in main and "| LSQ | " in section and "39.500 (1)" in section
+    assert main == text.split("## Ablations")[0]
 
 
 def test_page_says_what_is_missing(tmp_path: Path):
