@@ -80,11 +80,11 @@ def _verdict(
         lead = ours[name].mean - rivals[best][name].mean
         spread = max(ours[name].deviation, rivals[best][name].deviation)
         word = "ahead of" if lead > 0 else "behind"
-        if len(ours[name].values) > 1:
+        if min(len(ours[name].values), len(rivals[best][name].values)) > 1:
             side = "beyond" if abs(lead) > spread else "within"
             certainty = f"{side} the seeds' spread ({spread:.3f} dB)"
         else:
-            certainty = "on one seed, so the spread is not known"
+            certainty = "one of them on one seed, so the spread is not known"
         lines.append(
             f"- {name}: DLS + RFA is {abs(lead):.3f} dB {word} the best rival, "
             f"{METHODS[best].label}, {certainty}."
