@@ -187,6 +187,7 @@ def _plot(entries: Records, width: int, float_psnr: Mapping[str, float], path: P
             title += f" (float32: {float_psnr[name]:.2f} dB)"
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("PSNR on Y of the integer network, dB")
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", color="#dddddd")
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
