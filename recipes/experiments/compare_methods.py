@@ -25,6 +25,7 @@ from qmir_ao.recipes.experiments.evidence import (
     WIDTHS,
     ablation_runs,
     best_rates,
+    best_runs,
     longer_runs,
     of_length,
     read_records,
@@ -147,23 +148,15 @@ def write_results(opened: OpenBench, output: Path, iterations: int) -> Path:
 
 
 def _keep_models(opened: OpenBench, records: Sequence[Record], folder: Path) -> None:
-    for width in WIDTHS:
-        rates = best_rates(records, width)
-        for record in records:
-            key = record["method"]
-            if (
-                key in KEPT
-                and record["seed"] == SEEDS[0]
-                and not record["settings"]
-                and record["weight_bits"] == width
-                and record["learning_rate"] == rates[key]
-            ):
-                fields = {k: record[k] for k in Run.__dataclass_fields__}
-                source = model_folder(opened, Job(BENCH, Run(**fields)))
-                if source.is_dir():
-                    target = folder / f"{key}-w{width}a{width}"
-                    shutil.rmtree(target, ignore_errors=True)
-                    shutil.copytree(source, target)
+    for record in [record for width in WIDTHS for record in best_runs(records, width)]:
+        if record["method"] not in KEPT or record["seed"] != SEEDS[0]:
+            continue
+        run = Run(**{key: record[key] for key in Run.__dataclass_fields__})
+        source = model_folder(opened, Job(BENCH, run))
+        if source.is_dir():
+            target = folder / f"{run.method}-w{run.weight_bits}a{run.act_bits}"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target)
 
 
 def _steps(folder: Path) -> dict[str, float]:

@@ -101,6 +101,19 @@ def best_rates(records: Iterable[dict[str, Any]], width: int) -> dict[str, float
     return {key: rate for key, (_, rate) in best.items()}
 
 
+def best_runs(records: Iterable[dict[str, Any]], width: int) -> list[dict[str, Any]]:
+    """The runs of a width without changed settings, each method's at its best rate."""
+    records = list(records)
+    rates = best_rates(records, width)
+    return [
+        r
+        for r in records
+        if r["weight_bits"] == width
+        and not r["settings"]
+        and r["learning_rate"] == rates.get(r["method"])
+    ]
+
+
 def seed_runs(
     rates: dict[str, float],
     width: int,
@@ -123,8 +136,8 @@ def longer_runs(rates: dict[str, float], width: int, iterations: int = ITERATION
 
 
 def of_length(records: Iterable[dict[str, Any]], iterations: int) -> list[dict[str, Any]]:
-    """The runs of that many iterations: a method's best rate is one of equally long runs."""
-    return [r for r in records if r["iterations"] == iterations]
+    """The runs of that many iterations that did not diverge: those that can be compared."""
+    return [r for r in records if r["iterations"] == iterations and "diverged" not in r]
 
 
 def ablation_runs(
@@ -169,8 +182,8 @@ def rows(
         steps: seconds of a training step by `method-wNaN`, measured on a quiet machine; where one
             is missing the row has that of its run, which other work may have slowed down.
     """
-    kept = [r for r in records if not r["settings"]]
-    rates = {width: best_rates(kept, width) for width in sorted({r["weight_bits"] for r in kept})}
+    records = list(records)
+    widths = sorted({r["weight_bits"] for r in records})
     return [
         {
             "method": r["method"],
@@ -190,8 +203,8 @@ def rows(
             "weight_bytes": r["weight_bytes"],
             "scale_bytes": r["scale_bytes"],
         }
-        for r in kept
-        if rates[r["weight_bits"]].get(r["method"]) == r["learning_rate"]
+        for width in widths
+        for r in best_runs(records, width)
         for name, s in r["sets"].items()
     ]
 

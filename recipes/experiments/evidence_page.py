@@ -1,5 +1,6 @@
 """The evidence as a page: Markdown tables and plots from the run records."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from qmir_ao.recipes.experiments.evidence import (
     Cell,
     ablation_table,
     best_rates,
+    best_runs,
     of_length,
     rows,
     table,
@@ -110,15 +112,10 @@ def _ablations(records: Records, width: int) -> list[str]:
 
 def _quantizers(records: Records, width: int) -> list[str]:
     """What the quantizers of each method do, from the runs of the first seed at the best rates."""
-    rates = best_rates(records, width)
     found = {
         r["method"]: r["quantizers"]
-        for r in records
-        if r["weight_bits"] == width
-        and r["seed"] == SEEDS[0]
-        and not r["settings"]
-        and r["learning_rate"] == rates[r["method"]]
-        and "quantizers" in r
+        for r in best_runs(records, width)
+        if r["seed"] == SEEDS[0] and "quantizers" in r
     }
     if not found:
         return []
@@ -216,6 +213,7 @@ def write_page(
         The page's path.
     """
     everything, records = records, of_length(records, iterations)
+    tried = [r for r in everything if r["iterations"] == iterations]
     lines = [
         "# Evidence: quantization methods on x2 super-resolution",
         "",
@@ -226,9 +224,10 @@ def write_page(
         "searched start, and the best of three learning rates on the first seed; *plain* rows "
         "start as their papers do. PSNR is on Y with a border of 2 pixels, mean and standard "
         "deviation over seeds; *integer* is the network lowered to integer kernels, *simulated* "
-        "the fake-quantized one it was trained as.",
+        "the fake-quantized one it was trained as. Seconds of a step (*s/step*) are measured alone "
+        "for the methods in `runs/steps.json`; the others are those of runs beside other work.",
         "",
-        *_missing(records),
+        *_missing(tried, records),
     ]
     for width in WIDTHS:
         part = _main_table(records, entries, width, float_psnr)
@@ -245,34 +244,40 @@ def write_page(
     return page
 
 
-def _missing(records: Records) -> list[str]:
-    """What the plan has and the records lack, so that a reader knows how much the page says."""
-    tried = {(r["method"], r["weight_bits"], r["learning_rate"]) for r in records}
+def _missing(tried: Records, records: Records) -> list[str]:
+    """What the plan has and the records lack, so that a reader knows how much the page says.
+
+    Args:
+        tried: runs of the main length, with those that diverged.
+        records: the others of them.
+    """
+    rates: dict[tuple[str, int], set[float]] = defaultdict(set)
+    seeds: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for r in tried:
+        rates[r["method"], r["weight_bits"]].add(r["learning_rate"])
+    for r in [r for width in SEARCHED_WIDTHS for r in best_runs(records, width)]:
+        seeds[r["method"], r["weight_bits"]].add(r["seed"])
     lines = []
     for width in SEARCHED_WIDTHS:
-        short = []
-        for key, rate in best_rates(records, width).items():
-            rates = sum((key, width, r) in tried for r in RATES)
-            seeds = {
-                r["seed"]
-                for r in records
-                if r["method"] == key
-                and r["weight_bits"] == width
-                and r["learning_rate"] == rate
-                and not r["settings"]
-            }
-            if rates < len(RATES) or len(seeds) < len(SEEDS):
-                short.append(f"{METHODS[key].label} ({rates} rates, {len(seeds)} seeds)")
-        none = [m.label for k, m in METHODS.items() if k not in best_rates(records, width)]
-        if short:
-            lines.append(f"- W{width}A{width}, fewer rates or seeds: {', '.join(short)}.")
-        if none:
-            lines.append(f"- W{width}A{width}, not run: {', '.join(none)}.")
-    if lines:
-        lines = [
-            f"**Unfinished.** The plan is {len(RATES)} learning rates and {len(SEEDS)} seeds:",
-            "",
-            *lines,
-            "",
+        counts = {m.label: (len(rates[k, width]), len(seeds[k, width])) for k, m in METHODS.items()}
+        short = [
+            f"{label} ({count} rates, {several} seeds)"
+            for label, (count, several) in counts.items()
+            if count and (count < len(RATES) or several < len(SEEDS))
         ]
+        none = [label for label, (count, _) in counts.items() if not count]
+        if short:
+            lines.append(f"- W{width}A{width}, fewer rates or seeds: {'; '.join(short)}.")
+        if none:
+            lines.append(f"- W{width}A{width}, not run: {'; '.join(none)}.")
+    head = f"**Unfinished.** The plan is {len(RATES)} learning rates and {len(SEEDS)} seeds:"
+    lines = [head, "", *lines, ""] if lines else []
+    diverged = [r for r in tried if "diverged" in r]
+    if diverged:
+        names = "; ".join(
+            f"{METHODS[r['method']].label}, W{r['weight_bits']}A{r['act_bits']}, rate "
+            f"{r['learning_rate']:g}, seed {r['seed']}"
+            for r in diverged
+        )
+        lines += [f"Diverged, so without scores: {names}.", ""]
     return lines

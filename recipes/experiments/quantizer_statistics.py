@@ -17,7 +17,6 @@ from qmir_ao.quant.rfa import RFAFakeQuantize
 from qmir_ao.quant.rivals.activations import QuantSRFakeQuantize
 from qmir_ao.quant.static import StaticFakeQuantize
 
-MEASURES = ("sqnr", "clipped", "entropy")
 CLIPPED_FROM = 0.501
 """Distance from its level, in steps, from which a value counts as clipped."""
 

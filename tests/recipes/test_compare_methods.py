@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from support.training import write_ramp
 
 import qmir_ao
 from qmir_ao.errors import ConfigError
@@ -24,9 +25,7 @@ from qmir_ao.recipes.models import create_model
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
-    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1, None]), axis=-1)
-    assert cv2.imwrite(str(folder / "ramp.png"), pixels)
+    write_ramp(folder, 64)
     return folder
 
 

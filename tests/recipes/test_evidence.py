@@ -155,9 +155,18 @@ def test_longer_runs_have_a_table_of_their_own(tmp_path: Path):
 def test_page_says_what_is_missing(tmp_path: Path):
     records = _records()
     text = _page(records, tmp_path)
-    assert "W2A2, fewer" not in text and "W4A4, not run: STE, LSQ," in text
+    assert "W2A2, fewer" not in text and "W4A4, not run: STE; LSQ;" in text
     one_seed = [r for r in records if r["method"] != "lsq" or r["seed"] == 0]
     assert "W2A2, fewer rates or seeds: LSQ (3 rates, 1 seeds)." in _page(one_seed, tmp_path)
+
+
+def test_a_run_that_diverged_is_named_and_not_scored(tmp_path: Path):
+    records = _records()
+    lost = next(r for r in records if r["method"] == "pams" and r["learning_rate"] == 8e-4)
+    bare = {k: lost[k] for k in Run.__dataclass_fields__} | {"diverged": "the loss is nan"}
+    text = _page([bare if r is lost else r for r in records], tmp_path)
+    assert "Diverged, so without scores: PAMS, W2A2, rate 0.0008, seed 0." in text
+    assert "W2A2, fewer" not in text
 
 
 def test_errors(tmp_path: Path):

@@ -5,11 +5,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from support.training import upscaler
+from support.training import upscaler, write_ramp
 from torch import Tensor, nn
 
 import qmir_ao
@@ -26,9 +25,7 @@ BATCH, PATCH = 2, 16
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
     folder = tmp_path_factory.mktemp("images")
-    ramp = np.linspace(0, 255, 48, dtype=np.uint8)
-    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1, None]), axis=-1)
-    assert cv2.imwrite(str(folder / "ramp.png"), pixels)
+    write_ramp(folder, 48)
     return PatchDataset([folder], scale=2, patch=PATCH, length=BATCH * 8, seed=0)
 
 

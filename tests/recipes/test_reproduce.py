@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import pytest
 import torch
+from support.training import write_ramp
 from torch import nn
 
 import qmir_ao
@@ -83,9 +83,7 @@ def entry(table: str, network: str, method: str, bits: str, scale: int | None) -
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small image, to train and to test on."""
     folder = tmp_path_factory.mktemp("photos")
-    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
-    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1, None]), axis=-1)
-    assert cv2.imwrite(str(folder / "ramp.png"), pixels)
+    write_ramp(folder, 64)
     return folder
 
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -91,3 +92,10 @@ def run_until_killed(folder: Path, result: Path, journal: Path, options: TrainOp
 def run_here(options: TrainOptions, model: nn.Module) -> TrainResult:
     """Train without interruption."""
     return fit(model, Waves(options.batch * options.iterations), options)
+
+
+def write_ramp(folder: Path, side: int) -> None:
+    """One small colour image, `ramp.png`, to train and to test on."""
+    ramp = np.linspace(0, 255, side, dtype=np.uint8)
+    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1, None]), axis=-1)
+    assert cv2.imwrite(str(folder / "ramp.png"), pixels)
