@@ -8,6 +8,7 @@ Shapes: B batch, C embedding channels, H, W height and width of the input image,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,35 @@ from torch import Tensor, nn
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.models.cab import CAB
 from qmir_ao.recipes.models.ss2d import SS2D
+
+_CLASSIC: dict[str, Any] = {"embed_dim": 180, "depths": (6,) * 6, "d_state": 16}
+_LIGHT: dict[str, Any] = {
+    "upsampler": "pixelshuffledirect",
+    "embed_dim": 60,
+    "depths": (6,) * 4,
+    "d_state": 10,
+    "expand": 1.2,
+}
+_TINY: dict[str, Any] = {
+    "scale": 2,
+    "upsampler": "pixelshuffledirect",
+    # 48 channels everywhere: full SIMD registers and no waste in blocked convolutions.
+    "embed_dim": 48,
+    "depths": (2, 2),
+    "d_state": 8,
+    "expand": 1.0,
+    "drop_path_rate": 0.0,
+}
+_SUPER = {**_CLASSIC, "upsampler": "pixelshuffle", "expand": 2.0}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mambair-tiny-x2": _TINY,
+    **{f"mambair-light-x{s}": {**_LIGHT, "scale": s} for s in (2, 3, 4)},
+    **{f"mambair-x{s}": {**_SUPER, "scale": s} for s in (2, 3, 4)},
+    "mambair-denoise": {**_CLASSIC, "expand": 1.2},
+    "mambair-jpeg": {**_CLASSIC, "expand": 1.2, "in_channels": 1},
+}
+"""Name to the arguments of `MambaIR`; all but the tiny one are the published settings."""
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 UPSAMPLERS = ("pixelshuffle", "pixelshuffledirect", "")

@@ -10,36 +10,14 @@ from torch import nn
 import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.recipes.checkpoint import load_checkpoint
-from qmir_ao.recipes.models.mambair import MambaIR
+from qmir_ao.recipes.models import mambair
 
-_CLASSIC: dict[str, Any] = {"embed_dim": 180, "depths": (6,) * 6, "d_state": 16}
-_LIGHT: dict[str, Any] = {
-    "upsampler": "pixelshuffledirect",
-    "embed_dim": 60,
-    "depths": (6,) * 4,
-    "d_state": 10,
-    "expand": 1.2,
-}
-_TINY: dict[str, Any] = {
-    "scale": 2,
-    "upsampler": "pixelshuffledirect",
-    # 48 channels everywhere: full SIMD registers and no waste in blocked convolutions.
-    "embed_dim": 48,
-    "depths": (2, 2),
-    "d_state": 8,
-    "expand": 1.0,
-    "drop_path_rate": 0.0,
-}
-_SUPER = {**_CLASSIC, "upsampler": "pixelshuffle", "expand": 2.0}
-
-MODELS: dict[str, dict[str, Any]] = {
-    "mambair-tiny-x2": _TINY,
-    **{f"mambair-light-x{s}": {**_LIGHT, "scale": s} for s in (2, 3, 4)},
-    **{f"mambair-x{s}": {**_SUPER, "scale": s} for s in (2, 3, 4)},
-    "mambair-denoise": {**_CLASSIC, "expand": 1.2},
-    "mambair-jpeg": {**_CLASSIC, "expand": 1.2, "in_channels": 1},
-}
-"""Name to the arguments of `MambaIR`."""
+_FAMILIES: tuple[tuple[type[nn.Module], dict[str, dict[str, Any]]], ...] = (
+    (mambair.MambaIR, mambair.CONFIGS),
+)
+_CLASSES = {name: family for family, configs in _FAMILIES for name in configs}
+MODELS = {name: settings for _, configs in _FAMILIES for name, settings in configs.items()}
+"""Name to the arguments of its class."""
 PRETRAINED = {"mambair-tiny-x2": "dac3a714dfaa5a15d7774dfc63d8186b4117c5c518d8a284a5d3aad953445386"}
 """Models whose weights come with this package, and the SHA-256 of the files."""
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -65,7 +43,7 @@ def create_model(name: str, pretrained: bool = False) -> nn.Module:
         close = difflib.get_close_matches(str(name), MODELS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(MODELS)}"
         raise ConfigError(f"create_model: unknown model {name!r}; {hint}")
-    model = MambaIR(**MODELS[name])
+    model = _CLASSES[name](**MODELS[name])
     if pretrained:
         load_checkpoint(model, _shipped(name))
     return model
