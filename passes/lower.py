@@ -10,7 +10,9 @@ import qmir_ao.ops.conv2d
 import qmir_ao.ops.dls_fake_quant
 import qmir_ao.ops.linear
 import qmir_ao.ops.selective_scan
-import qmir_ao.ops.selective_scan_q  # noqa: F401  (define the operators named below)
+import qmir_ao.ops.selective_scan_q
+import qmir_ao.ops.ss2d_scan
+import qmir_ao.ops.ss2d_scan_q  # noqa: F401  (define the operators named below)
 from qmir_ao.passes.base import Pass
 from qmir_ao.passes.offsets import linear_bias
 from qmir_ao.quant.patterns import arguments, module_path
@@ -222,8 +224,16 @@ def _lower_conv(graph: Graph, node: Node, pair: tuple[Any, Any], rank: int) -> t
     return lowered, lowered
 
 
+_INTEGER_SCANS: dict[Any, Any] = {
+    qmir.selective_scan.default: qmir.selective_scan_q.default,
+    qmir.selective_scan: qmir.selective_scan_q.default,
+    qmir.ss2d_scan.default: qmir.ss2d_scan_q.default,
+    qmir.ss2d_scan: qmir.ss2d_scan_q.default,
+}
+
+
 class LowerScan(Pass):
-    """Replace a selective scan on codes by `qmir::selective_scan_q`.
+    """Replace a selective scan on codes by `qmir::selective_scan_q` or `qmir::ss2d_scan_q`.
 
     u, delta, B and C arrive as codes; A, D and the delta bias are constants on their grid. With
     b-bit delta, exp(delta * A) is read from a table of 2^b entries.
@@ -234,9 +244,9 @@ class LowerScan(Pass):
     def rewrite(self, graph_module: GraphModule) -> int:
         """Lower every scan whose sequences are all quantized."""
         changed = 0
-        targets = (qmir.selective_scan.default, qmir.selective_scan)
         for node in list(graph_module.graph.nodes):
-            if node.target not in targets:
+            integer = _INTEGER_SCANS.get(node.target)
+            if integer is None:
                 continue
             u, delta, A, B, C, D, bias, softplus = arguments(node)
             sequences = [codes_of(x) for x in (u, delta, B, C)]
@@ -248,7 +258,7 @@ class LowerScan(Pass):
             low, high = code_range(qdelta[0])
             with graph_module.graph.inserting_before(node):
                 new = graph_module.graph.call_function(
-                    qmir.selective_scan_q.default,
+                    integer,
                     (*qu, *qdelta, A, *qB, *qC, D, bias, softplus, low, high),
                 )
             _finish(node, new, new, code_width(qu[0]), None)

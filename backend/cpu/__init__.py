@@ -6,4 +6,6 @@ import qmir_ao.backend.cpu.linear
 import qmir_ao.backend.cpu.pack
 import qmir_ao.backend.cpu.rfa
 import qmir_ao.backend.cpu.selective_scan
-import qmir_ao.backend.cpu.selective_scan_q  # noqa: F401
+import qmir_ao.backend.cpu.selective_scan_q
+import qmir_ao.backend.cpu.ss2d_scan
+import qmir_ao.backend.cpu.ss2d_scan_q  # noqa: F401

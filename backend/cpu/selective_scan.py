@@ -14,10 +14,11 @@ from qmir_ao.ops.selective_scan import (
     selective_scan_ref,
 )
 
-_MAX_STATES = 64
+MAX_STATES = 64
 
 
-def _fits(*tensors: Tensor | None) -> bool:
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether all tensors have the type that the kernels read."""
     return all(x is None or x.dtype == torch.float32 for x in tensors)
 
 
@@ -31,7 +32,7 @@ def _selective_scan(lib: ctypes.CDLL, *args: Any) -> Tensor:
     *tensors, softplus = args
     u, _, A, B, *_ = tensors
     check_operands(*tensors)
-    if not _fits(*tensors) or A.shape[1] > _MAX_STATES:
+    if not fits(*tensors) or A.shape[1] > MAX_STATES:
         return selective_scan_ref(*args)
     kept = [None if x is None else x.contiguous() for x in tensors]
     y = torch.empty(u.shape)
@@ -47,7 +48,7 @@ def _selective_scan_backward(lib: ctypes.CDLL, *args: Any) -> tuple[Tensor, ...]
     *tensors, softplus = args
     _, u, _, A, B, *_ = tensors
     check_operands(*tensors[1:])
-    if not _fits(*tensors) or A.shape[1] > _MAX_STATES or not u.numel():
+    if not fits(*tensors) or A.shape[1] > MAX_STATES or not u.numel():
         return selective_scan_backward_ref(*args)
     kept = [None if x is None else x.contiguous() for x in tensors]
     # Absent operands (D, delta_bias) get an empty gradient.

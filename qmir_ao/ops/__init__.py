@@ -9,4 +9,6 @@ import qmir_ao.ops.rfa
 import qmir_ao.ops.rfa_fake_quant
 import qmir_ao.ops.selective_scan
 import qmir_ao.ops.selective_scan_q
+import qmir_ao.ops.ss2d_scan
+import qmir_ao.ops.ss2d_scan_q
 import qmir_ao.ops.static  # noqa: F401

@@ -64,29 +64,28 @@ class ScanArgs(NamedTuple):
     delta_quant_max: int
 
 
-def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_parameter(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     require(
         tensor.dtype == torch.float32 and tuple(tensor.shape) == shape,
         lambda: (
-            f"qmir::selective_scan_q: {name} must be float32 of shape {shape}, "
+            f"qmir::{op}: {name} must be float32 of shape {shape}, "
             f"got {tuple(tensor.shape)} {tensor.dtype}"
         ),
     )
 
 
-def _check_operand(name: str, codes: Tensor, shape: tuple[int, ...]) -> None:
+def _check_operand(op: str, name: str, codes: Tensor, shape: tuple[int, ...]) -> None:
     require(
         codes.dtype in (torch.int8, torch.uint8) and tuple(codes.shape) == shape,
         lambda: (
-            f"qmir::selective_scan_q: {name} must hold int8 or uint8 codes of shape {shape}, "
+            f"qmir::{op}: {name} must hold int8 or uint8 codes of shape {shape}, "
             f"got {tuple(codes.shape)} {codes.dtype}"
         ),
     )
 
 
-def check_scan(args: ScanArgs) -> None:
-    """Refuse operands whose types or shapes do not fit together."""
-    op = "selective_scan_q"
+def check_scan(args: ScanArgs, op: str = "selective_scan_q") -> None:
+    """Refuse operands whose types or shapes do not fit together; `op` names them in messages."""
     require(args.u.dim() == 3, lambda: f"qmir::{op}: u must be (B, E, L), got {args.u.shape}")
     require(args.B.dim() == 4, lambda: f"qmir::{op}: B must be (B, K, N, L), got {args.B.shape}")
     batch, channels, length = args.u.shape
@@ -94,7 +93,7 @@ def check_scan(args: ScanArgs) -> None:
     shapes = {"u": (batch, channels, length), "B": (batch, groups, states, length)}
     shapes |= {"delta": shapes["u"], "C": shapes["B"]}
     for name, shape in shapes.items():
-        _check_operand(name, getattr(args, name), shape)
+        _check_operand(op, name, getattr(args, name), shape)
         step, shift = getattr(args, f"{name}_step"), getattr(args, f"{name}_shift")
         check_grid(op, name, step, shift, batch)
     require(
@@ -104,17 +103,17 @@ def check_scan(args: ScanArgs) -> None:
             f"K = {groups}, N = {states}"
         ),
     )
-    _check_parameter("A", args.A, (channels, states))
+    _check_parameter(op, "A", args.A, (channels, states))
     for name, vector in (("D", args.D), ("delta_bias", args.delta_bias)):
         if vector is not None:
-            _check_parameter(name, vector, (channels,))
+            _check_parameter(op, name, vector, (channels,))
     check_range(op, args.delta_quant_min, args.delta_quant_max)
 
 
-def delta_codes_error(low: int, high: int) -> str:
+def delta_codes_error(low: int, high: int, op: str = "selective_scan_q") -> str:
     """Message for codes of delta outside the range that the tables cover."""
     return (
-        f"qmir::selective_scan_q: delta holds codes outside {low}..{high}; quantize it with the "
+        f"qmir::{op}: delta holds codes outside {low}..{high}; quantize it with the "
         "same quant_min and quant_max that are passed as delta_quant_min and delta_quant_max"
     )
 

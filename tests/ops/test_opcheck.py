@@ -69,6 +69,22 @@ def scan_codes(optional: bool) -> Arguments:
     return (*u, *delta, -torch.rand(4, 3) - 0.1, *B, *C, *extra, True, -8, 7)
 
 
+def image_scan(optional: bool, grad: bool = False) -> Arguments:
+    """Operands for 2 images of 2 channels and 3x5 pixels, 3 states, 4 directions."""
+    u, delta = torch.randn(2, 2, 3, 5), torch.randn(2, 8, 3, 5)
+    B, C = torch.randn(2, 4, 3, 3, 5), torch.randn(2, 4, 3, 3, 5)
+    extra = (torch.randn(8), torch.randn(8)) if optional else (None, None)
+    tensors = (u, delta, -torch.rand(8, 3) - 0.1, B, C, *extra)
+    return (*(t if t is None else t.requires_grad_(grad) for t in tensors), True)
+
+
+def image_scan_codes(optional: bool) -> Arguments:
+    u, delta = (codes(2, 2, 3, 5), *grid(2)), (codes(2, 8, 3, 5), *grid(2))
+    B, C = (codes(2, 4, 3, 3, 5), *grid(2)), (codes(2, 4, 3, 3, 5), *grid(2))
+    extra = (torch.randn(8), torch.randn(8)) if optional else (None, None)
+    return (*u, *delta, -torch.rand(8, 3) - 0.1, *B, *C, *extra, True, -8, 7)
+
+
 Cases = dict[str, Callable[[], list[Arguments]]]
 CASES: Cases = {
     "pack": lambda: [(codes(11), 4)],
@@ -104,6 +120,11 @@ CASES: Cases = {
         (torch.randn(2, 4, 5), *scan(optional)) for optional in (True, False)
     ],
     "selective_scan_q": lambda: [scan_codes(optional) for optional in (True, False)],
+    "ss2d_scan": lambda: [image_scan(optional, grad=True) for optional in (True, False)],
+    "ss2d_scan_backward": lambda: [
+        (torch.randn(2, 2, 3, 5), *image_scan(optional)) for optional in (True, False)
+    ],
+    "ss2d_scan_q": lambda: [image_scan_codes(optional) for optional in (True, False)],
 }
 """Sample arguments of each operator; tensors ask for a gradient where it is differentiable."""
 

@@ -1,6 +1,5 @@
 """qmir::selective_scan: kernel against reference against float64, all seven gradients."""
 
-from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -8,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from support.integers import same_bytes, with_threads
-from support.tolerances import KERNEL_VS_REFERENCE, SCAN_FLOOR
+from support.scans import NAMES, Operands, assert_as_accurate, in_float64, without_softplus
 from torch import Tensor
 
 import qmir_ao.backend.cpu.selective_scan as kernels
@@ -19,9 +18,6 @@ from qmir_ao.ops.selective_scan import (
     selective_scan_op,
     selective_scan_ref,
 )
-
-Operands = list[Tensor | None]
-NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 # batch, groups, channels per group, states, steps
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
@@ -59,49 +55,10 @@ def operands(
     ]
 
 
-def in_float64(tensors: Operands) -> Operands:
-    return [None if x is None else x.double() for x in tensors]
-
-
-def max_error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).abs().max()) if want.numel() else 0.0
-
-
-def floor(want: Tensor) -> float:
-    """What the last roundings of the largest element may cost."""
-    return SCAN_FLOOR * float(want.abs().max()) if want.numel() else 0.0
-
-
 def draws(size: tuple[int, int, int, int, int]) -> range:
     """Seeds whose errors are pooled: the reference may hit a few elements by luck."""
     batch, groups, channels, *_ = size
     return range(max(4, -(-64 // (batch * groups * channels))))
-
-
-def without_softplus(tensors: Operands) -> Operands:
-    u, delta, A, B, C, D, _ = tensors
-    return [u, delta.abs() * 0.2, A, B, C, D, None]
-
-
-def assert_as_accurate(
-    kernel: Callable[..., Any],
-    reference: Callable[..., Any],
-    cases: list[tuple[Any, ...]],
-    names: tuple[str, ...],
-) -> None:
-    """Largest error of each output over all cases, kernel against reference, both to float64."""
-    found = {name: [0.0, 0.0, 0.0] for name in names}
-    for *operands_, softplus in cases:
-        want = reference(*in_float64(operands_), softplus)
-        outputs = (kernel(*operands_, softplus), reference(*operands_, softplus), want)
-        if isinstance(want, Tensor):
-            outputs = tuple((x,) for x in outputs)
-        for name, got, plain, exact in zip(names, *outputs, strict=True):
-            assert got.dtype == torch.float32
-            errors = max_error(got, exact), max_error(plain, exact), floor(exact)
-            found[name] = [max(pair) for pair in zip(found[name], errors, strict=True)]
-    for name, (error, plain, rounding) in found.items():
-        assert error <= KERNEL_VS_REFERENCE * plain + rounding, name
 
 
 def kernel_gradients(tensors: Operands, grad: Tensor, softplus: bool) -> dict[str, Tensor]:
@@ -227,7 +184,7 @@ def test_other_dtypes_use_the_reference() -> None:
 
 
 def test_more_states_than_the_kernel_holds_use_the_reference() -> None:
-    tensors = operands((1, 1, 2, kernels._MAX_STATES + 1, 5))
+    tensors = operands((1, 1, 2, kernels.MAX_STATES + 1, 5))
     assert same_bytes(selective_scan_op(*tensors, True), selective_scan_ref(*tensors, True))
 
 

@@ -1,6 +1,8 @@
 // Selective scan, forward and backward, 16 channels of one group in lanes.
 //
 // Shapes as in qmir_ao/ops/selective_scan.py: u, delta, y (B, E, L), A (E, N), B, C (B, K, N, L).
+// The scan of an image in four directions (ops/ss2d_scan.py) is the same with K = 4 and u shared;
+// only where a group's steps lie in memory differs (directions.h).
 // All loops run in chunks of 16 time steps, transposed into lanes. Sums over channels are made
 // per block of 16 channels in block order, so results do not depend on the number of threads.
 #include <algorithm>
@@ -9,6 +11,7 @@
 
 #include "simd.h"
 
+#include "directions.h"
 #include "selective_scan.cuh"
 
 namespace {
@@ -19,9 +22,11 @@ constexpr int kChunk = kLanes;
 constexpr int kMaxStates = 64;
 
 struct Scan {
-  const float *u, *delta, *A, *B, *C, *D, *bias;
+  Planes<const float> u, delta, B, C;
+  const float *A, *D, *bias;
   int64_t batch, channels, groups, states, length;
   bool softplus;
+  Order order;
 
   int64_t per_group() const { return channels / groups; }
   int64_t blocks() const { return (per_group() + kLanes - 1) / kLanes; }
@@ -36,11 +41,14 @@ struct Block {
   DecayRate<lanes> rate[N];
   lanes d, bias;
   lanes reach;    // |delta| below this needs no clamp; NaN or zero where A is not finite
-  int64_t first;  // channel index of lane 0, counted over all groups
+  int64_t group;
+  int64_t local;  // channel of lane 0 within its group
+  int64_t first;  // the same, counted over all groups
   int width;
 
   Block(const Scan& s, int64_t group, int64_t block, int n)
-      : d{}, bias{}, first(group * s.per_group() + block * kLanes), width(s.width(block)) {
+      : d{}, bias{}, group(group), local(block * kLanes), first(group * s.per_group() + local),
+        width(s.width(block)) {
     lanes largest = broadcast(1e-30f);
     for (int i = 0; i < n; ++i) {
       rate[i] = DecayRate<lanes>{};
@@ -60,12 +68,22 @@ struct Block {
   }
 };
 
+// The steps of a chunk that was read from the end.
+template <class V>
+QMIR_FN void turn(V* steps, int count) {
+  for (int i = 0; i < count / 2; ++i) {
+    const V kept = steps[i];
+    steps[i] = steps[count - 1 - i];
+    steps[count - 1 - i] = kept;
+  }
+}
+
 // Rows of B or C for one chunk, zero beyond the sequence: one element is then a broadcast load.
 template <int N>
 struct Projection {
   alignas(64) float row[N][kChunk];
 
-  void load(const float* src, int64_t length, int n, int steps) {
+  void load(const float* src, int64_t length, int n, int steps, bool back) {
     for (int i = 0; i < n; ++i) {
       if (steps == kChunk) {
         store(row[i], qmir::load(src + i * length));
@@ -73,6 +91,7 @@ struct Projection {
         store(row[i], lanes{});
         std::memcpy(row[i], src + i * length, steps * sizeof(float));
       }
+      if (back) turn(row[i], steps);
     }
   }
 
@@ -92,9 +111,13 @@ struct Chunk {
 
   template <int N>
   void load(const Scan& s, const Block<N>& block, int64_t sample, int64_t start, int steps) {
-    const int64_t at = (sample * s.channels + block.first) * s.length + start;
-    load_tile(s.u + at, s.length, block.width, steps, u);
-    load_tile(s.delta + at, s.length, block.width, steps, raw);
+    const int64_t at = block.local * s.length + s.order.at(block.group, start, steps);
+    load_tile(s.u.at(sample, block.group) + at, s.length, block.width, steps, u);
+    load_tile(s.delta.at(sample, block.group) + at, s.length, block.width, steps, raw);
+    if (s.order.back(block.group)) {
+      turn(u, steps);
+      turn(raw, steps);
+    }
     lanes largest{};
     for (int t = 0; t < kChunk; ++t) {
       raw[t] += block.bias;
@@ -107,9 +130,10 @@ struct Chunk {
   template <int N>
   void prefetch(const Scan& s, const Block<N>& block, int64_t sample, int64_t start) const {
     if (start >= s.length) return;
-    const int64_t at = (sample * s.channels + block.first) * s.length + start;
-    prefetch_rows(s.u + at, s.length, block.width);
-    prefetch_rows(s.delta + at, s.length, block.width);
+    const int64_t steps = std::min<int64_t>(kChunk, s.length - start);
+    const int64_t at = block.local * s.length + s.order.at(block.group, start, steps);
+    prefetch_rows(s.u.at(sample, block.group) + at, s.length, block.width);
+    prefetch_rows(s.delta.at(sample, block.group) + at, s.length, block.width);
   }
 };
 
@@ -147,39 +171,43 @@ QMIR_UNROLL
     std::memcpy(h, state, sizeof h);
   }
 
-  void run(int64_t group, float* y) {
-    const int64_t projection = (sample * s.groups + group) * n * s.length;
+  void run(const Planes<float>& y) {
+    const int64_t group = block.group;
+    const bool back = s.order.back(group);
     for (int64_t k = 0; k < s.chunks(); ++k) {
       const int64_t start = k * kChunk;
       const int steps = s.steps(k);
       chunk.load(s, block, sample, start, steps);
       chunk.prefetch(s, block, sample, start + kChunk);
-      b.load(s.B + projection + start, s.length, n, steps);
-      c.load(s.C + projection + start, s.length, n, steps);
+      const int64_t at = s.order.at(group, start, steps);
+      b.load(s.B.at(sample, group) + at, s.length, n, steps, back);
+      c.load(s.C.at(sample, group) + at, s.length, n, steps, back);
       if (chunk.clamped)
         advance<true>(steps);
       else
         advance<false>(steps);
-      store_tile(y + (sample * s.channels + block.first) * s.length + start, s.length, block.width,
-                 steps, out);
+      if (back) turn(out, steps);
+      store_tile(y.at(sample, group) + block.local * s.length + at, s.length, block.width, steps,
+                 out);
     }
   }
 };
 
 template <int N, bool kExact>
-void forward(const Scan& s, float* y) {
+void forward(const Scan& s, const Planes<float>& y) {
   const int64_t per_sample = s.groups * s.blocks();
 #pragma omp parallel for schedule(dynamic)
   for (int64_t job = 0; job < s.batch * per_sample; ++job) {
     const int64_t group = job % per_sample / s.blocks();
     Forward<N, kExact> work(s, job / per_sample, group, job % s.blocks());
-    work.run(group, y);
+    work.run(y);
   }
 }
 
 struct Gradients {
-  const float* grad;
-  float *du, *ddelta, *dA, *dB, *dC, *dD, *dbias;
+  Planes<const float> grad;
+  Planes<float> du, ddelta, dB, dC;
+  float *dA, *dD, *dbias;
 };
 
 // Gradients of A, D and the bias are sums over the whole sequence: in double, since one after the
@@ -234,9 +262,10 @@ struct Backward {
   lanes* checkpoint(int64_t k, int64_t j) { return &checkpoints[(k * s.blocks() + j) * n]; }
 
   void load_projections(int64_t k) {
-    const int64_t at = (sample * s.groups + group) * n * s.length + k * kChunk;
-    b.load(s.B + at, s.length, n, s.steps(k));
-    c.load(s.C + at, s.length, n, s.steps(k));
+    const int64_t at = s.order.at(group, k * kChunk, s.steps(k));
+    const bool back = s.order.back(group);
+    b.load(s.B.at(sample, group) + at, s.length, n, s.steps(k), back);
+    c.load(s.C.at(sample, group) + at, s.length, n, s.steps(k), back);
   }
 
   template <bool kClamped>
@@ -286,9 +315,11 @@ QMIR_UNROLL
   void reverse(int64_t k, int64_t j, int steps) {
     const Block<N>& block = blocks[j];
     Carry<N>& carry = carries[j];
-    const int64_t at = (sample * s.channels + block.first) * s.length + k * kChunk;
+    const int64_t at = block.local * s.length + s.order.at(group, k * kChunk, steps);
+    const bool back = s.order.back(group);
     lanes gy[kChunk], du[kChunk] = {}, ddelta[kChunk] = {}, g[N] = {}, da[N] = {};
-    load_tile(out.grad + at, s.length, block.width, steps, gy);
+    load_tile(out.grad.at(sample, group) + at, s.length, block.width, steps, gy);
+    if (back) turn(gy, steps);
     for (int i = 0; i < n; ++i) g[i] = carry.g[i];
     for (int t = steps - 1; t >= 0; --t) {
       const lanes dt = chunk.dt[t], u = chunk.u[t], dtu = dt * u;
@@ -316,14 +347,20 @@ QMIR_UNROLL
       carry.dbias.add(ddelta[t]);
       carry.dd.add_product(gy[t], chunk.u[t]);
     }
-    store_tile(out.du + at, s.length, block.width, steps, du);
-    store_tile(out.ddelta + at, s.length, block.width, steps, ddelta);
+    if (back) {
+      turn(du, steps);
+      turn(ddelta, steps);
+    }
+    store_tile(out.du.at(sample, group) + at, s.length, block.width, steps, du);
+    store_tile(out.ddelta.at(sample, group) + at, s.length, block.width, steps, ddelta);
   }
 
-  void store_projection(const lanes* sums, float* dst, int64_t k, int steps) {
-    const int64_t at = (sample * s.groups + group) * n * s.length + k * kChunk;
+  void store_projection(const lanes* sums, const Planes<float>& dst, int64_t k, int steps) {
+    float* to = dst.at(sample, group) + s.order.at(group, k * kChunk, steps);
+    const bool back = s.order.back(group);
     for (int i = 0; i < n; ++i)
-      for (int t = 0; t < steps; ++t) dst[at + i * s.length + t] = reduce_add(sums[t * N + i]);
+      for (int t = 0; t < steps; ++t)
+        to[i * s.length + (back ? steps - 1 - t : t)] = reduce_add(sums[t * N + i]);
   }
 
   void store_parameters(ParameterSums& sums) {
@@ -404,6 +441,72 @@ void backward(const Scan& s, const Gradients& gradients) {
 #define QMIR_DISPATCH_STATES(call, ...) call<kMaxStates, false>(__VA_ARGS__);
 #endif
 
+namespace {
+
+// What callers give, as pointers to contiguous tensors.
+struct Operands {
+  const float *u, *delta, *A, *B, *C, *D, *bias;
+};
+
+struct Sizes {
+  int64_t batch, channels, groups, states, length;
+};
+
+Scan plain(const Operands& x, const Sizes& z, bool softplus) {
+  const int64_t rows = z.channels / z.groups * z.length, states = z.states * z.length;
+  const auto planes = [&](const float* p, int64_t group) {
+    return Planes<const float>{p, nullptr, z.groups * group, group};
+  };
+  return {planes(x.u, rows), planes(x.delta, rows), planes(x.B, states), planes(x.C, states),
+          x.A, x.D, x.bias, z.batch, z.channels, z.groups, z.states, z.length, softplus,
+          Order{z.length, false}};
+}
+
+// Images of one call: their sizes, and the memory that their columns take.
+struct Images {
+  int64_t batch, channels, states, height, width;  // channels of the image, not of all directions
+  std::vector<std::unique_ptr<float[]>> kept;
+
+  int64_t length() const { return height * width; }
+
+  float* memory(int64_t count) {
+    kept.push_back(scratch<float>(count));
+    return kept.back().get();
+  }
+
+  // (batch, 4, rows, length), or (batch, rows, length) that all directions share.
+  Planes<const float> read(const float* x, int64_t rows, bool shared) {
+    const int64_t groups = shared ? 1 : kDirections, group = rows * length();
+    float* columns = memory(batch * groups * group);
+    transpose_columns(x, columns, batch, groups, rows, height, width);
+    return {x, columns, groups * group, shared ? 0 : group};
+  }
+
+  // Results of the directions, to be merged or, in column order, to be transposed.
+  Planes<float> written(float* rows_at, int64_t rows) {
+    const int64_t group = rows * length();
+    return {rows_at, memory(batch * kDirections * group), kDirections * group, group};
+  }
+
+  Planes<float> parts(int64_t rows) {
+    const int64_t group = rows * length();
+    float* all = memory(batch * kDirections * group);
+    return {all, all, kDirections * group, group};
+  }
+
+  void finish(const Planes<float>& result, int64_t rows) const {
+    transpose_columns<float>(result.columns, result.rows, batch, kDirections, rows, width, height);
+  }
+
+  Scan scan(const Operands& x, bool softplus) {
+    return {read(x.u, channels, true), read(x.delta, channels, false), read(x.B, states, false),
+            read(x.C, states, false), x.A, x.D, x.bias, batch, kDirections * channels, kDirections,
+            states, length(), softplus, Order{length(), true}};
+  }
+};
+
+}  // namespace
+
 extern "C" {
 
 int qmir_selective_scan_max_states() { return kMaxStates; }
@@ -412,8 +515,10 @@ void qmir_selective_scan(const float* u, const float* delta, const float* A, con
                          const float* C, const float* D, const float* bias, int softplus,
                          int64_t batch, int64_t channels, int64_t groups, int64_t states,
                          int64_t length, float* y) {
-  const Scan s{u, delta, A, B, C, D, bias, batch, channels, groups, states, length, softplus != 0};
-  QMIR_DISPATCH_STATES(forward, s, y)
+  const Scan s = plain({u, delta, A, B, C, D, bias}, {batch, channels, groups, states, length},
+                       softplus != 0);
+  const Planes<float> out{y, nullptr, s.u.sample_stride, s.u.group_stride};
+  QMIR_DISPATCH_STATES(forward, s, out)
 }
 
 void qmir_selective_scan_backward(const float* grad, const float* u, const float* delta,
@@ -422,8 +527,42 @@ void qmir_selective_scan_backward(const float* grad, const float* u, const float
                                   int64_t groups, int64_t states, int64_t length, float* du,
                                   float* ddelta, float* dA, float* dB, float* dC, float* dD,
                                   float* dbias) {
-  const Scan s{u, delta, A, B, C, D, bias, batch, channels, groups, states, length, softplus != 0};
-  const Gradients gradients{grad, du, ddelta, dA, dB, dC, dD, dbias};
+  const Scan s = plain({u, delta, A, B, C, D, bias}, {batch, channels, groups, states, length},
+                       softplus != 0);
+  const auto like = [](auto& x, auto* p) {
+    return Planes<std::remove_pointer_t<decltype(p)>>{p, nullptr, x.sample_stride, x.group_stride};
+  };
+  const Gradients gradients{like(s.u, grad), like(s.u, du), like(s.u, ddelta), like(s.B, dB),
+                            like(s.C, dC), dA, dD, dbias};
   QMIR_DISPATCH_STATES(backward, s, gradients)
+}
+
+// u, y (batch, channels, height, width), delta (batch, 4 * channels, ..), B, C
+// (batch, 4, states, ..), A (4 * channels, states), D, bias (4 * channels).
+void qmir_ss2d_scan(const float* u, const float* delta, const float* A, const float* B,
+                    const float* C, const float* D, const float* bias, int softplus, int64_t batch,
+                    int64_t channels, int64_t states, int64_t height, int64_t width, float* y) {
+  Images images{batch, channels, states, height, width, {}};
+  const Scan s = images.scan({u, delta, A, B, C, D, bias}, softplus != 0);
+  const Planes<float> parts = images.parts(channels);
+  QMIR_DISPATCH_STATES(forward, s, parts)
+  merge_directions(parts.rows, y, batch, channels, height, width);
+}
+
+void qmir_ss2d_scan_backward(const float* grad, const float* u, const float* delta, const float* A,
+                             const float* B, const float* C, const float* D, const float* bias,
+                             int softplus, int64_t batch, int64_t channels, int64_t states,
+                             int64_t height, int64_t width, float* du, float* ddelta, float* dA,
+                             float* dB, float* dC, float* dD, float* dbias) {
+  Images images{batch, channels, states, height, width, {}};
+  const Scan s = images.scan({u, delta, A, B, C, D, bias}, softplus != 0);
+  const Gradients gradients{images.read(grad, channels, true), images.parts(channels),
+                            images.written(ddelta, channels), images.written(dB, states),
+                            images.written(dC, states), dA, dD, dbias};
+  QMIR_DISPATCH_STATES(backward, s, gradients)
+  merge_directions(gradients.du.rows, du, batch, channels, height, width);
+  images.finish(gradients.ddelta, channels);
+  images.finish(gradients.dB, states);
+  images.finish(gradients.dC, states);
 }
 }

@@ -8,6 +8,7 @@
 
 #include "simd.h"
 // After simd.h, whose overloads its templates use.
+#include "directions.h"
 #include "scan_q.cuh"
 
 using namespace qmir;
@@ -29,7 +30,7 @@ constexpr int64_t kParallelWork = 1 << 15;  // state updates below which one thr
 constexpr int kMaxWidth = 68;  // floats of a table row: delta and up to 64 states, in fours
 
 struct Codes {
-  const uint8_t* at;
+  Planes<const uint8_t> planes;
   int64_t is_unsigned;
   const float *step, *shift;
   int64_t groups;
@@ -100,7 +101,8 @@ struct Scan {
   ScanShape s;
   Codes u, delta, b, c;
   const float *table, *d;
-  float* y;
+  Planes<float> y;
+  Order order;
   int64_t width;  // floats of one table row
 };
 
@@ -133,12 +135,16 @@ struct Block {
     const int64_t gu = in.u.groups > 1 ? sample : 0;
     const int32_t last = (int32_t)in.s.code_count - 1;
     lanes_i outside = {};
+    const uint8_t* u_at = in.u.planes.at(sample, group);
+    const uint8_t* delta_at = in.delta.planes.at(sample, group);
+    const int64_t start = in.order.at(group, t, steps);
     for (int lane = 0; lane < kLanes; ++lane) {
       uint8_t copy[kSteps];
-      const int64_t at = (sample * in.s.channels + channel(lane)) * in.s.length + t;
-      store(by_channel[lane], load_values(padded(in.u.at + at, steps, copy), in.u.is_unsigned,
+      const int64_t local = channel(lane) - group * (in.s.channels / in.s.groups);
+      const int64_t at = local * in.s.length + start;
+      store(by_channel[lane], load_values(tile_codes(u_at + at, steps, copy), in.u.is_unsigned,
                                           in.u.step[gu], in.u.shift[gu]));
-      lanes_i code = load_codes(padded(in.delta.at + at, steps, copy), in.delta.is_unsigned) -
+      lanes_i code = load_codes(tile_codes(delta_at + at, steps, copy), in.delta.is_unsigned) -
                      (int32_t)in.s.code_min;
       outside |= (code < 0) | (code > last);
       code = code < 0 ? lanes_i{} : code;
@@ -156,10 +162,19 @@ struct Block {
 
   void load_state(const Codes& codes, int64_t n, int64_t t, int64_t steps, float* out) const {
     uint8_t copy[kSteps];
-    const int64_t at = ((sample * in.s.groups + group) * in.s.states + n) * in.s.length + t;
+    const uint8_t* at = codes.planes.at(sample, group) + n * in.s.length +
+                        in.order.at(group, t, steps);
     const int64_t g = codes.groups > 1 ? sample : 0;
-    store(out, load_values(padded(codes.at + at, steps, copy), codes.is_unsigned, codes.step[g],
+    store(out, load_values(tile_codes(at, steps, copy), codes.is_unsigned, codes.step[g],
                            codes.shift[g]));
+  }
+
+  // Codes of `count` steps in the order of the scan, from a copy where memory has them otherwise.
+  const uint8_t* tile_codes(const uint8_t* p, int64_t count, uint8_t (&copy)[kSteps]) const {
+    if (!in.order.back(group)) return padded(p, count, copy);
+    std::memset(copy, 0, sizeof copy);
+    for (int64_t i = 0; i < count; ++i) copy[i] = p[count - 1 - i];
+    return copy;
   }
 
   static void transpose(const float (&from)[kLanes][kSteps], float (&to)[kSteps][kLanes]) {
@@ -175,9 +190,15 @@ struct Block {
   void store_result(int64_t t, int64_t steps) const {
     alignas(64) float by_channel[kLanes][kSteps];
     transpose(y, by_channel);
-    for (int64_t lane = 0; lane < count; ++lane)
-      std::memcpy(in.y + (sample * in.s.channels + first + lane) * in.s.length + t,
-                  by_channel[lane], steps * sizeof(float));
+    const int64_t local = first - group * (in.s.channels / in.s.groups);
+    float* to = in.y.at(sample, group) + local * in.s.length + in.order.at(group, t, steps);
+    for (int64_t lane = 0; lane < count; ++lane) {
+      float* row_at = to + lane * in.s.length;
+      if (in.order.back(group))
+        std::reverse_copy(by_channel[lane], by_channel[lane] + steps, row_at);
+      else
+        std::memcpy(row_at, by_channel[lane], steps * sizeof(float));
+    }
   }
 
   // Columns first_quad * 4 and on of the table rows of step i: one decay per state.
@@ -240,27 +261,9 @@ bool run_block(const Scan& in, int64_t sample, int64_t group, int64_t first, int
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-// grids: step and shift of u, delta (already in the table), B and C, interleaved. Returns 0, or 1
-// where a code of delta lies outside the table (y is then of no use). At most 64 states.
-int qmir_selective_scan_q(const uint8_t* u, const float* u_step, const float* u_shift,
-                          const uint8_t* delta, const uint8_t* b, const float* b_step,
-                          const float* b_shift, const uint8_t* c, const float* c_step,
-                          const float* c_shift, const float* table, const float* d,
-                          const ScanShape* shape, float* y) {
-  const ScanShape& s = *shape;
-  const Scan in{s,
-                {u, s.unsigned_u, u_step, u_shift, s.u_groups},
-                {delta, s.unsigned_delta, nullptr, nullptr, s.table_groups},
-                {b, s.unsigned_b, b_step, b_shift, s.b_groups},
-                {c, s.unsigned_c, c_step, c_shift, s.c_groups},
-                table,
-                d,
-                y,
-                scan_row_width(s.states)};
+// Returns 1 where a code of delta lies outside the table, else 0.
+int run(const Scan& in) {
+  const ScanShape& s = in.s;
   const int64_t per_group = s.channels / s.groups, blocks = (per_group + kLanes - 1) / kLanes;
   int outside = 0;
   const int64_t work = s.batch * s.channels * s.states * s.length;
@@ -273,6 +276,66 @@ int qmir_selective_scan_q(const uint8_t* u, const float* u_step, const float* u_
         const int64_t count = std::min<int64_t>(kLanes, (group + 1) * per_group - first);
         outside |= !run_block(in, sample, group, first, count);
       }
+  return outside;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Grids are step and shift of u, B and C; that of delta is in the table already. Returns 0, or 1
+// where a code of delta lies outside the table (y is then of no use). At most 64 states.
+int qmir_selective_scan_q(const uint8_t* u, const float* u_step, const float* u_shift,
+                          const uint8_t* delta, const uint8_t* b, const float* b_step,
+                          const float* b_shift, const uint8_t* c, const float* c_step,
+                          const float* c_shift, const float* table, const float* d,
+                          const ScanShape* shape, float* y) {
+  const ScanShape& s = *shape;
+  const int64_t rows = s.channels / s.groups * s.length, states = s.states * s.length;
+  const auto planes = [&](const uint8_t* p, int64_t group) {
+    return Planes<const uint8_t>{p, nullptr, s.groups * group, group};
+  };
+  return run({s,
+              {planes(u, rows), s.unsigned_u, u_step, u_shift, s.u_groups},
+              {planes(delta, rows), s.unsigned_delta, nullptr, nullptr, s.table_groups},
+              {planes(b, states), s.unsigned_b, b_step, b_shift, s.b_groups},
+              {planes(c, states), s.unsigned_c, c_step, c_shift, s.c_groups},
+              table,
+              d,
+              {y, nullptr, s.groups * rows, rows},
+              Order{s.length, false},
+              scan_row_width(s.states)});
+}
+
+// The four directions of images: u, y (batch, channels / 4, height, width), delta (batch, channels,
+// ..), B and C (batch, 4, states, ..), where channels counts all directions.
+int qmir_ss2d_scan_q(const uint8_t* u, const float* u_step, const float* u_shift,
+                     const uint8_t* delta, const uint8_t* b, const float* b_step,
+                     const float* b_shift, const uint8_t* c, const float* c_step,
+                     const float* c_shift, const float* table, const float* d,
+                     const ScanShape* shape, int64_t height, int64_t width, float* y) {
+  const ScanShape& s = *shape;
+  const int64_t channels = s.channels / kDirections;
+  const int64_t rows = channels * s.length, states = s.states * s.length;
+  std::unique_ptr<uint8_t[]> kept[4];
+  const auto planes = [&](int slot, const uint8_t* p, int64_t groups, int64_t group) {
+    kept[slot] = scratch<uint8_t>(s.batch * groups * group);
+    transpose_columns(p, kept[slot].get(), s.batch, groups, group / s.length, height, width);
+    return Planes<const uint8_t>{p, kept[slot].get(), groups * group, groups == 1 ? 0 : group};
+  };
+  const auto parts = scratch<float>(s.batch * kDirections * rows);
+  const Scan in{s,
+                {planes(0, u, 1, rows), s.unsigned_u, u_step, u_shift, s.u_groups},
+                {planes(1, delta, 4, rows), s.unsigned_delta, nullptr, nullptr, s.table_groups},
+                {planes(2, b, 4, states), s.unsigned_b, b_step, b_shift, s.b_groups},
+                {planes(3, c, 4, states), s.unsigned_c, c_step, c_shift, s.c_groups},
+                table,
+                d,
+                {parts.get(), nullptr, kDirections * rows, rows},
+                Order{s.length, true},
+                scan_row_width(s.states)};
+  const int outside = run(in);
+  merge_directions(parts.get(), y, s.batch, channels, height, width);
   return outside;
 }
 
