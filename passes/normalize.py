@@ -162,7 +162,8 @@ class NormalizeOperators(Pass):
     """Rewrite functional linear and convolution calls as aten operators with all arguments.
 
     String padding becomes numbers where it is symmetric; dropout, which does nothing after
-    training, disappears. Exact.
+    training, disappears, and so do torch.export's assertions on the types that conversions get,
+    which no file could hold. Exact.
 
         before: F.conv2d(x, w, padding="same")    after: aten.conv2d(x, w, None, [1, 1], ...)
     """
@@ -175,7 +176,10 @@ class NormalizeOperators(Pass):
         for node in list(graph_module.graph.nodes):
             if node.op != "call_function":
                 continue
-            if node.target in (F.dropout, aten.dropout.default):
+            if node.target is aten._assert_tensor_metadata.default:
+                graph_module.graph.erase_node(node)
+                changed += 1
+            elif node.target in (F.dropout, aten.dropout.default):
                 node.replace_all_uses_with(node.args[0])
                 graph_module.graph.erase_node(node)
                 changed += 1

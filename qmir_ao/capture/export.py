@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from qmir_ao.capture.blame import blame
+from qmir_ao.capture.fuse_recurrence import fuse_recurrences
 from qmir_ao.capture.inputs import check_devices
 from qmir_ao.capture.selective_scan import swapped_selective_scan
 from qmir_ao.errors import CaptureError
@@ -71,15 +73,30 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> G
     return _try_export(model, inputs, None)
 
 
+def _advice(error: Exception) -> str:
+    if str(error).startswith("qmir::"):
+        return "Check the shapes that the module gives to this operator."
+    return (
+        "Replace control flow on tensor values in its forward, or pass dynamic_shapes that match "
+        "what the model supports."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:400].rstrip(".") if lines else "no message"
+
+
 def _try_export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> GraphModule:
     try:
         with torch.no_grad():
             program = torch.export.export(model, inputs, dynamic_shapes=shapes)
-        return program.module()
+        graph_module = program.module()
     except Exception as error:  # torch.export raises many types; the cause stays attached
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__}: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400]}. "
-            "Replace control flow on tensor values in its forward, or pass dynamic_shapes that "
-            "match what the model supports."
+            f"torch.export could not capture {type(model).__name__}{blame(model, error)}: "
+            f"{type(error).__name__}: {_first_line(error)}. "
+            f"{_advice(error)}"
         ) from error
+    fuse_recurrences(graph_module)
+    return graph_module

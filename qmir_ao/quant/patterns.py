@@ -9,7 +9,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-import qmir_ao.ops.selective_scan  # noqa: F401  (defines the operators named below)
+import qmir_ao.ops.selective_scan
+import qmir_ao.ops.ss2d_scan  # noqa: F401  (define the operators named below)
 
 aten = torch.ops.aten
 
@@ -50,7 +51,12 @@ CONV = Pattern(
 )
 SCAN = Pattern(
     "selective_scan",
-    (torch.ops.qmir.selective_scan.default, torch.ops.qmir.selective_scan),
+    (
+        torch.ops.qmir.selective_scan.default,
+        torch.ops.qmir.selective_scan,
+        torch.ops.qmir.ss2d_scan.default,
+        torch.ops.qmir.ss2d_scan,
+    ),
     (),
     (0, 1, 2, 3, 4, 5, 6),
     None,

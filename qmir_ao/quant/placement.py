@@ -7,17 +7,20 @@ First and last convolution, the upsampler and channel attention are recognised i
 import re
 from typing import Any
 
+from torch import nn
 from torch.ao.quantization import QConfig, QConfigMapping
 from torch.fx import GraphModule, Node
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.quant.patterns import (
     CONV,
+    CONV_1D,
     LINEAR,
     PATTERNS,
     POOLS,
     SCAN,
     SHUFFLES,
+    Pattern,
     downstream,
     is_one_of,
     match,
@@ -125,17 +128,65 @@ def explicit(mapping: QConfigMapping, path: str) -> tuple[bool, QConfig | None]:
     return False, None
 
 
-def resolve(mapping: QConfigMapping, node: Node, kind: str) -> tuple[bool, QConfig | None]:
-    """The QConfig of a node, as (given by name or type, which); torch.ao's order of precedence."""
+def overrules(mapping: QConfigMapping, path: str) -> bool:
+    """Whether the mapping quantizes what stays in float by default: only by the layer's own name.
+
+    A setting for a whole block, a pattern, a type or an operator is about what is quantized anyway.
+    """
+    return path in mapping.module_name_qconfigs
+
+
+FAMILIES: tuple[tuple[type[nn.Module] | None, tuple[Any, ...]], ...] = (
+    (nn.Linear, LINEAR.targets),
+    (nn.Conv1d, CONV_1D),
+    (nn.Conv2d, tuple(target for target in CONV.targets if target not in CONV_1D)),
+    *((None, pattern.targets) for pattern in PATTERNS if pattern not in (LINEAR, CONV)),
+)
+"""Module class and call targets that mean the same operator, in one capture or the other."""
+
+
+def _in_family(
+    node: Node, pattern: Pattern, module: type[nn.Module] | None, targets: tuple[Any, ...]
+) -> bool:
+    if node.op == "call_function":
+        return node.target in targets
+    # Which convolution a module is, its class says.
+    return module in pattern.modules and module in _classes(node)
+
+
+def _classes(node: Node) -> set[Any]:
+    """Classes of the innermost module, by object where the name is known."""
+    names = {f"{m.__module__}.{m.__qualname__}": m for m, _ in FAMILIES if m is not None}
+    return {names.get(found, found) for found in module_classes(node)}
+
+
+def resolve(mapping: QConfigMapping, node: Node, kind: str) -> QConfig | None:
+    """The QConfig of a node, in torch.ao's order: name, pattern, class, operator, global."""
     named, qconfig = explicit(mapping, module_path(node))
     if named:
-        return True, qconfig
+        return qconfig
     pattern = next(p for p in PATTERNS if p.kind == kind)
-    keys = {*pattern.targets, *pattern.modules}
-    classes = set(module_classes(node))
-    for key, qconfig in mapping.object_type_qconfigs.items():
-        qualified = f"{key.__module__}.{key.__qualname__}" if isinstance(key, type) else None
-        same_class = key in pattern.modules and (not classes or {qualified, key} & classes)
-        if (key in keys and not isinstance(key, type)) or same_class:
-            return True, qconfig
-    return False, mapping.global_qconfig
+    settings = mapping.object_type_qconfigs
+    for key in _classes(node) & set(pattern.modules):
+        if key in settings:
+            return settings[key]
+    for module, targets in FAMILIES:
+        key = next((target for target in targets if target in settings), None)
+        if key is not None and _in_family(node, pattern, module, targets):
+            return settings[key]
+    return mapping.global_qconfig
+
+
+def spread_operators(mapping: QConfigMapping) -> None:
+    """Let the setting of an operator hold for all its spellings, its module class included.
+
+    torch.ao looks a call up as it finds it: `F.linear`, `nn.Linear` or `aten.linear` alone.
+    """
+    settings = mapping.object_type_qconfigs
+    for module, targets in FAMILIES:
+        given = next((target for target in targets if target in settings), None)
+        if given is None:
+            continue
+        for spelling in (*targets, module):
+            if spelling is not None and spelling not in settings:
+                mapping.set_object_type(spelling, settings[given])

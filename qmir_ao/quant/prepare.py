@@ -26,12 +26,13 @@ from qmir_ao.quant.patterns import (
 from qmir_ao.quant.placement import (
     as_mapping,
     check_placement,
-    explicit,
     float_by_default,
+    overrules,
     resolve,
+    spread_operators,
 )
 from qmir_ao.quant.qconfig import official_mapping
-from qmir_ao.quant.quantizer import FLOAT_REASON, QmirQuantizer, nothing_to_quantize
+from qmir_ao.quant.quantizer import FLOAT_REASON, NO_QCONFIG, QmirQuantizer, nothing_to_quantize
 
 aten = torch.ops.aten
 _TRAINING_ARGUMENT = {
@@ -104,21 +105,29 @@ def prepare_traced(
 
     check_placement(placement)
     mapping = official_mapping(qconfig) if placement == "official" else as_mapping(qconfig)
-    traced = _trace(model)
-    full, reasons = _keep_in_float(traced, mapping)
+    traced = trace_graph(model)
+    full, reasons = _mapping_by_layer(traced, mapping)
     with _quiet():
         prepared = prepare_qat_fx(model.train(), full, (), backend_config=qmir_backend_config())
-    _take_out_output_quantizers(prepared, full)
     for node in prepared.graph.nodes:
-        if match(prepared, node) and module_path(node) in reasons:
-            node.meta[FLOAT_REASON] = reasons[module_path(node)]
+        pattern = match(prepared, node)
+        if pattern is not None and node.name in reasons:
+            node.meta[FLOAT_REASON] = reasons[node.name]
+        elif pattern is not None and resolve(full, node, pattern.kind) is None:
+            node.meta[FLOAT_REASON] = NO_QCONFIG
+    _settle_quantizers(prepared, full)
     if not any(is_fake_quantize(m) for m in prepared.modules()):
         raise nothing_to_quantize(prepared)
     materialize(prepared)
     return prepared
 
 
-def _trace(model: nn.Module) -> GraphModule:
+def trace_graph(model: nn.Module) -> GraphModule:
+    """Trace a network symbolically, with the leaves that torch.ao's preparation keeps whole.
+
+    Raises:
+        CaptureError: the trace failed; the message says how to go on.
+    """
     from torch.ao.quantization.fx.tracer import QuantizationTracer
 
     tracer = QuantizationTracer([], [])
@@ -133,72 +142,87 @@ def _trace(model: nn.Module) -> GraphModule:
         ) from error
 
 
-def _keep_in_float(
+def _mapping_by_layer(
     traced: GraphModule, mapping: QConfigMapping
 ) -> tuple[QConfigMapping, dict[str, str]]:
-    """A copy of the mapping in which what stays in float by default has None, and the reasons."""
+    """A copy of the mapping that names every layer, and why some stay in float by default.
+
+    torch.ao gives a module its weight quantizer without a look at patterns of names. The reasons
+    are by node name, which the preparation's own trace gives again.
+    """
     full = QConfigMapping.from_dict(mapping.to_dict())
+    spread_operators(full)
+    kept = float_by_default(traced)
     reasons = {}
-    for node, reason in float_by_default(traced).items():
-        path = module_path(node)
-        if path and not explicit(mapping, path)[0] and node.op == "call_module":
-            full.set_module_name(path, None)
-            reasons[path] = reason
+    for node in traced.graph.nodes:
+        pattern, path = match(traced, node), module_path(node)
+        if pattern is None:
+            continue
+        stays = node in kept and not overrules(mapping, path)
+        if stays:
+            reasons[node.name] = kept[node]
+        if node.op == "call_module":
+            full.set_module_name(path, None if stays else resolve(mapping, node, pattern.kind))
     return full, reasons
 
 
-def _take_out_output_quantizers(prepared: GraphModule, mapping: QConfigMapping) -> None:
-    """Leave activation quantizers only where they feed a quantized operand.
+def _settle_quantizers(prepared: GraphModule, mapping: QConfigMapping) -> None:
+    """Leave a quantizer only where it feeds a quantized operand, and of the operand's own QConfig.
 
-    `prepare_qat_fx` also quantizes the outputs of an operator, with the producer's QConfig.
+    `prepare_qat_fx` also quantizes the outputs of an operator, with the producer's QConfig, and
+    lets all readers of a tensor share the quantizer of the first, whatever their QConfigs say.
     """
-    scopes = prepared.meta["_observed_graph_module_attrs"].node_name_to_scope
+    made: dict[tuple[Node, str], Node] = {}
     for node in list(prepared.graph.nodes):
-        module = module_of(prepared, node)
-        if not is_fake_quantize(module):
+        if not is_fake_quantize(module_of(prepared, node)):
             continue
         source = node.all_input_nodes[0]
-        produced = match(prepared, source) is not None and not is_constant(source)
         for user in list(node.users):
             pattern = match(prepared, user)
-            positions = () if pattern is None else (*pattern.activations, pattern.weight)
-            used = [i for i in positions if i is not None and operand(user, i) is node]
-            if pattern is None or not used or _wants(user, pattern, mapping, scopes) is None:
+            wanted = None
+            if pattern is not None and FLOAT_REASON not in user.meta:
+                wanted = _wanted(user, pattern, node, mapping)
+            if wanted is None:
                 user.replace_input_with(node, source)
-            elif produced:
-                _requantize(prepared, user, node, source, _wants(user, pattern, mapping, scopes))
+            else:
+                user.replace_input_with(node, _quantizer_for(prepared, node, wanted, made))
         if not node.users:
             prepared.graph.erase_node(node)
             prepared.delete_submodule(str(node.target))
     prepared.recompile()
 
 
-def _wants(
-    user: Node, pattern: Pattern, mapping: QConfigMapping, scopes: dict[str, Any]
-) -> QConfig | None:
-    scope = scopes.get(user.name)
-    if user.op != "call_module" and scope:
-        named, qconfig = explicit(mapping, scope[0])
-        if named:
-            return qconfig
-    return resolve(mapping, user, pattern.kind)[1]
-
-
-def _requantize(
-    prepared: GraphModule, user: Node, node: Node, source: Node, qconfig: QConfig | None
-) -> None:
-    """Give a consumer its own quantizer where the producer's is of another kind or width."""
+def _wanted(
+    user: Node, pattern: Pattern, node: Node, mapping: QConfigMapping
+) -> QmirFakeQuantize | None:
+    """The quantizer that an operator asks for where it reads `node`; None for no quantizer."""
+    qconfig = resolve(mapping, user, pattern.kind)
     if qconfig is None:
-        return
-    wanted = qconfig.activation()
-    have: Any = prepared.get_submodule(str(node.target))
-    if repr(wanted) == repr(have):
-        return
-    name = f"{node.target}_{user.name}"
-    prepared.add_submodule(name, wanted)
-    with prepared.graph.inserting_before(user):
-        own = prepared.graph.call_module(name, (source,))
-    user.replace_input_with(node, own)
+        return None
+    made: QmirFakeQuantize | None = None
+    if pattern.weight is not None and operand(user, pattern.weight) is node:
+        made = qconfig.weight()
+    elif any(operand(user, position) is node for position in pattern.activations):
+        made = qconfig.activation()
+    return made
+
+
+def _quantizer_for(
+    prepared: GraphModule,
+    node: Node,
+    wanted: QmirFakeQuantize,
+    made: dict[tuple[Node, str], Node],
+) -> Node:
+    """`node` if it quantizes as wanted, else a quantizer of the same tensor that does."""
+    source = node.all_input_nodes[0]
+    made.setdefault((source, repr(module_of(prepared, node))), node)
+    key = (source, repr(wanted))
+    if key not in made:
+        name = f"{node.target}_{len(made)}"
+        prepared.add_submodule(name, wanted)
+        with prepared.graph.inserting_after(node):
+            made[key] = prepared.graph.call_module(name, (source,))
+    return made[key]
 
 
 def materialize(prepared: GraphModule) -> None:

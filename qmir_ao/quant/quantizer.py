@@ -15,17 +15,19 @@ from torchao.quantization.pt2e.quantizer import (
 
 import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.errors import UnsupportedGraph
-from qmir_ao.quant.patterns import Pattern, is_constant, match, operand
+from qmir_ao.quant.patterns import Pattern, is_constant, match, module_path, operand
 from qmir_ao.quant.placement import (
     as_mapping,
     check_placement,
     float_by_default,
+    overrules,
     resolve,
 )
 from qmir_ao.quant.qconfig import official_mapping, qmir_qconfig
 
 FLOAT_REASON = "qmir_float_reason"
 """Key of `node.meta`: why a quantizable operator was left in float."""
+NO_QCONFIG = "its QConfig is None"
 
 
 class _Constructor:
@@ -119,10 +121,10 @@ class QmirQuantizer(Quantizer):  # type: ignore[misc]
             pattern = match(model, node)
             if pattern is None:
                 continue
-            named, qconfig = resolve(self.mapping, node, pattern.kind)
+            qconfig = resolve(self.mapping, node, pattern.kind)
             if qconfig is None:
-                node.meta[FLOAT_REASON] = "its QConfig is None"
-            elif node in kept and not named:
+                node.meta[FLOAT_REASON] = NO_QCONFIG
+            elif node in kept and not overrules(self.mapping, module_path(node)):
                 node.meta[FLOAT_REASON] = kept[node]
             elif pattern.weight is not None and not _has_weight(node, pattern):
                 node.meta[FLOAT_REASON] = "its weight is computed from an input"
