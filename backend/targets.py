@@ -13,7 +13,7 @@ _TORCH = (
     "add sub mul div neg exp abs flip roll stack cat split chunk unbind transpose permute flatten "
     "reshape squeeze unsqueeze sigmoid tanh relu softmax mean sum matmul bmm einsum conv1d conv2d "
     "conv_transpose2d zeros ones arange clamp sqrt rsqrt pow maximum minimum where select "
-    "zeros_like ones_like narrow swapaxes movedim"
+    "zeros_like ones_like narrow swapaxes movedim argmax argsort gather scatter index_select"
 ).split()
 _FUNCTIONAL = (
     "linear layer_norm batch_norm gelu silu relu leaky_relu sigmoid tanh softplus softmax pad "
@@ -63,8 +63,17 @@ _METHODS = frozenset(
         "abs",
         "to",
         "movedim",
+        "argmax",
+        "argsort",
+        "gather",
+        "scatter",
+        "index_select",
+        "new_ones",
+        "detach",
     ]
 )
+_ATTRIBUTES = (("shape",), ("device",))
+"""What `getattr` may read, as the rest of its arguments."""
 # Operators that take text are refused unless the text can only name a variant of arithmetic.
 _TEXT_ARGUMENTS = frozenset(("approximate", "rounding_mode", "equation", "padding", "indexing"))
 
@@ -114,8 +123,8 @@ def encode_target(node: Node) -> str:
             return encode_overload(target)
         if isinstance(target, torch._ops.OpOverloadPacket):  # as a symbolic trace records it
             return encode_overload(target.default)
-        if target is getattr and node.args[1:] == ("shape",):
-            return "getattr.shape"
+        if target is getattr and node.args[1:] in _ATTRIBUTES:
+            return f"getattr.{node.args[1]}"
         if target in _NAMES:
             return _NAMES[target]
     raise TargetNameError(f"{node.op} of {target!r}")
@@ -132,12 +141,13 @@ def decode_target(op: str, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     """What a saved node calls.
 
     Raises:
-        TargetNameError: the name is not in the allow-list, or `getattr` reads anything but a shape.
+        TargetNameError: the name is not in the allow-list, or `getattr` reads anything but a shape
+            or a device.
     """
     if (op == "output" and name == op) or (op == "call_method" and name in _METHODS):
         return name
     if op == "call_function":
-        if name == "getattr.shape" and len(args) == 2 and args[1] == "shape" and not kwargs:
+        if name.startswith("getattr.") and args[1:] in _ATTRIBUTES and not kwargs:
             return getattr
         if name in _FUNCTIONS:
             return _FUNCTIONS[name]

@@ -10,10 +10,27 @@ from torch import nn
 import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.recipes.checkpoint import load_checkpoint
-from qmir_ao.recipes.models import mambair
+from qmir_ao.recipes.models import (
+    eamamba,
+    edsr,
+    mair,
+    mambair,
+    mambair_unet,
+    mambairv2,
+    swinir,
+    vmambair,
+)
 
 _FAMILIES: tuple[tuple[type[nn.Module], dict[str, dict[str, Any]]], ...] = (
     (mambair.MambaIR, mambair.CONFIGS),
+    (mair.MaIR, mair.CONFIGS),
+    (edsr.EDSR, edsr.CONFIGS),
+    (swinir.SwinIR, swinir.CONFIGS),
+    (mambairv2.MambaIRv2, mambairv2.CONFIGS),
+    (mambair_unet.MambaIRUNet, mambair_unet.CONFIGS),
+    (vmambair.VmambaIR, vmambair.CONFIGS),
+    (eamamba.EAMambaSR, eamamba.SR_CONFIGS),
+    (eamamba.EAMamba, eamamba.UNET_CONFIGS),
 )
 _CLASSES = {name: family for family, configs in _FAMILIES for name in configs}
 MODELS = {name: settings for _, configs in _FAMILIES for name, settings in configs.items()}

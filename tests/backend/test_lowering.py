@@ -1,24 +1,17 @@
 """From prepared to integers: operator by operator, end to end, and what is in memory."""
 
 import copy
-import math
 
 import pytest
 import torch
 from support.integers import same_bytes, with_threads
+from support.lowering import check_operators, psnr
 from support.models import CAPTURES, ConvNet, example, tiny_pair, train_step
-from support.tolerances import (
-    CODE_MISMATCH,
-    END_TO_END_PSNR,
-    SCAN_ERROR_STEPS,
-    operator_error_steps,
-)
+from support.tolerances import END_TO_END_PSNR
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
-from torch.fx import GraphModule
 
 import qmir_ao
-from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.errors import ConfigError, UnsupportedGraph
 from qmir_ao.recipes.models import create_model
 
@@ -36,41 +29,6 @@ FLOAT_OPERATORS = {
     "conv2d",
     "adaptive_avg_pool2d",
 }
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    error = float((a - b).double().square().mean())
-    return math.inf if error == 0 else -10 * math.log10(error)
-
-
-def taps(lowered: LoweredModule, name: str) -> int:
-    """Products that one accumulator of a linear or convolution adds up."""
-    node = next(n for n in lowered.graph_module.graph.nodes if n.name == name)
-    if node.target is torch.ops.qmir.conv2d.default:
-        return math.prod(node.args[9][1:])
-    packed = getattr(lowered.graph_module, node.args[3].target)
-    return packed.numel() * 8 // node.args[7] // node.args[8]
-
-
-def check_operators(prepared: GraphModule, lowered: LoweredModule, x: Tensor) -> None:
-    records = qmir_ao.compare(prepared, lowered, x)
-    assert len(records) == len(lowered.report.operators)
-    by_name = {r.name: r for r in lowered.report.operators}
-    for record in records:
-        name, kind = record["name"], record["kind"]
-        assert record["codes"] > 0
-        assert record["code_mismatches"] == record["boundary_mismatches"], name
-        assert record["code_mismatches"] <= CODE_MISMATCH * record["codes"], name
-        assert 0.0 <= record["clip_rate"] <= 1.0
-        assert record["sqnr_db"] > 0.0, name
-        if kind == "selective_scan":
-            assert record["acc_equal"] is None
-            bound = SCAN_ERROR_STEPS
-        else:
-            assert record["acc_equal"] is True, name
-            widths = by_name[name].act_bits, by_name[name].weight_bits
-            bound = operator_error_steps(taps(lowered, name), *widths)
-        assert record["max_error_steps"] <= bound, (name, record["max_error_steps"], bound)
 
 
 @pairs

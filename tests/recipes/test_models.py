@@ -1,5 +1,7 @@
 """The zoo: published keys and counts, parity of one block, both captures."""
 
+import importlib
+import pkgutil
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from support.paths import GOLDEN, needs_golden
 from support.tolerances import OFFICIAL_GRAD, OFFICIAL_VALUE
 
 from qmir_ao.errors import CheckpointError, ConfigError
+from qmir_ao.recipes import models
 from qmir_ao.recipes.models import create_model, list_models, registry
 from qmir_ao.recipes.models.mambair import MambaIR, VSSBlock
 
@@ -85,7 +88,14 @@ def test_tiny_model_is_below_its_limit() -> None:
 
 
 def test_list_models_is_complete() -> None:
-    assert set(list_models()) == {*PUBLISHED, "mambair-tiny-x2"}
+    modules = [
+        importlib.import_module(f"{models.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(models.__path__)
+    ]
+    names = [name for module in modules for name in getattr(module, "CONFIGS", ())]
+    assert {*PUBLISHED, "mambair-tiny-x2"} <= set(names)
+    assert len(names) == len(set(names))
+    assert sorted(list_models()) == sorted(names)
 
 
 @pytest.mark.parametrize("name", TOP_KEYS)
@@ -234,7 +244,7 @@ def test_export_is_exact_at_another_size(rate: float) -> None:
         (torch.rand(2, 3, 8, 10),),
         dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
     )
-    scans = [n for n in program.graph.nodes if n.target == torch.ops.qmir.selective_scan.default]
+    scans = [n for n in program.graph.nodes if n.target == torch.ops.qmir.ss2d_scan.default]
     assert len(scans) == 2
     for size in [(1, 3, 7, 11), (3, 3, 16, 5)]:
         x = torch.rand(size)
@@ -250,7 +260,7 @@ def test_symbolic_trace_is_exact_at_any_size() -> None:
         with torch.no_grad():
             assert torch.equal(traced(x), model(x))
     targets = [n.target for n in traced.graph.nodes if n.op == "call_function"]
-    assert targets.count(torch.nn.functional.conv1d) == 4
+    assert targets.count(torch.ops.qmir.ss2d_scan) == 2
 
 
 def test_result_of_an_image_does_not_depend_on_its_batch() -> None:

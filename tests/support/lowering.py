@@ -1,0 +1,48 @@
+"""The rule by which a lowered network agrees with the prepared one, operator by operator."""
+
+import math
+
+import torch
+from support.tolerances import CODE_MISMATCH, SCAN_ERROR_STEPS, operator_error_steps
+from torch import Tensor
+from torch.fx import GraphModule
+
+import qmir_ao
+from qmir_ao.backend.lowered import LoweredModule
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise ratio in dB of values in [0, 1]."""
+    error = float((a - b).double().square().mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def taps(lowered: LoweredModule, name: str) -> int:
+    """Products that one accumulator of a linear or convolution adds up."""
+    node = next(n for n in lowered.graph_module.graph.nodes if n.name == name)
+    if node.target is torch.ops.qmir.conv2d.default:
+        return math.prod(node.args[9][1:])
+    packed = getattr(lowered.graph_module, node.args[3].target)
+    return packed.numel() * 8 // node.args[7] // node.args[8]
+
+
+def check_operators(prepared: GraphModule, lowered: LoweredModule, x: Tensor) -> None:
+    """Assert that every integer operator does what its prepared twin does, on equal inputs."""
+    records = qmir_ao.compare(prepared, lowered, x)
+    assert len(records) == len(lowered.report.operators)
+    by_name = {r.name: r for r in lowered.report.operators}
+    for record in records:
+        name, kind = record["name"], record["kind"]
+        assert record["codes"] > 0
+        assert record["code_mismatches"] == record["boundary_mismatches"], name
+        assert record["code_mismatches"] <= CODE_MISMATCH * record["codes"], name
+        assert 0.0 <= record["clip_rate"] <= 1.0
+        assert record["sqnr_db"] > 0.0, name
+        if kind == "selective_scan":
+            assert record["acc_equal"] is None
+            bound = SCAN_ERROR_STEPS
+        else:
+            assert record["acc_equal"] is True, name
+            widths = by_name[name].act_bits, by_name[name].weight_bits
+            bound = operator_error_steps(taps(lowered, name), *widths)
+        assert record["max_error_steps"] <= bound, (name, record["max_error_steps"], bound)
