@@ -16,14 +16,17 @@ KINDS: dict[Any, str] = {
     qmir.linear.default: "linear",
     qmir.conv2d.default: "conv2d",
     qmir.selective_scan_q.default: "selective_scan",
+    qmir.ss2d_scan_q.default: "selective_scan",
 }
 _PLUMBING = (
     "getitem getattr size sym_size reshape view permute transpose flip stack cat split chunk "
     "split_with_sizes unbind select slice squeeze unsqueeze expand contiguous flatten clone "
     "pixel_shuffle check_input dls_qparams dls_quantize dls_dequantize rfa_dequantize "
-    "rfa_quantize pack linear conv2d selective_scan_q full ones zeros new_ones ones_like "
-    "zeros_like lift_fresh_copy floordiv alias detach _assert_tensor_metadata to t"
+    "rfa_quantize pack linear conv2d selective_scan_q ss2d_scan_q full ones zeros new_ones "
+    "ones_like zeros_like lift_fresh_copy floordiv alias detach _assert_tensor_metadata to t roll "
+    "index_select gather scatter pixel_unshuffle"
 ).split()
+_OF_SIZES = ("size", "sym_size", "getattr", "ones_like", "zeros_like", "new_ones", "new_zeros")
 _WEIGHTED = ("linear", "conv1d", "conv2d", "conv_transpose2d", "matmul", "bmm", "mm", "einsum")
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "native_layer_norm")
 
@@ -123,7 +126,7 @@ def _reason(node: Node, name: str) -> str:
         return str(node.meta[REASON])
     if name in _NORMS:
         return "normalization stays in float, as in the paper"
-    if name in _WEIGHTED or name == "selective_scan":
+    if name in _WEIGHTED or name in ("selective_scan", "ss2d_scan"):
         return "it has no quantizer"
     if node.op == "call_module":
         return "no integer form of this module"
@@ -164,12 +167,12 @@ def _operator(graph_module: GraphModule, node: Node) -> OperatorRecord:
 
 
 def _sizes(graph_module: GraphModule) -> set[Node]:
-    """Nodes that hold a size or arithmetic on sizes, not a tensor."""
+    """Nodes whose value depends on sizes alone: a size, a pixel's index, arithmetic on them."""
     found: set[Node] = set()
     for node in graph_module.graph.nodes:
         name = op_name(node)
         inputs = node.all_input_nodes
-        if name in ("size", "sym_size", "getattr") or (inputs and found.issuperset(inputs)):
+        if name in _OF_SIZES or (inputs and found.issuperset(inputs)):
             found.add(node)
     return found
 

@@ -16,6 +16,7 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "passes" / "__init_
 
 if TYPE_CHECKING:
     from qmir_ao.api import (
+        assign_bits,
         calibrate,
         compare,
         convert_and_lower,
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
         prepare_ptq,
         prepare_qat,
         save,
+        sensitivity,
     )
+    from qmir_ao.capture.registry import register_selective_scan
     from qmir_ao.errors import QmirError
+    from qmir_ao.quant.assignment import get_qmir_qconfig_mapping
     from qmir_ao.quant.fake_quant import DLSFakeQuantize
     from qmir_ao.quant.qconfig import get_qmir_qconfig, qmir_qconfig
     from qmir_ao.quant.quantizer import QmirQuantizer
@@ -35,15 +39,19 @@ __all__ = [
     "QmirError",
     "QmirQuantizer",
     "RFAFakeQuantize",
+    "assign_bits",
     "calibrate",
     "compare",
     "convert_and_lower",
     "get_qmir_qconfig",
+    "get_qmir_qconfig_mapping",
     "load",
     "prepare_ptq",
     "prepare_qat",
     "qmir_qconfig",
+    "register_selective_scan",
     "save",
+    "sensitivity",
 ]
 
 # torchao takes seconds to import: each name brings its module only when it is asked for.
@@ -53,7 +61,9 @@ _HOMES = {
     "QmirQuantizer": "qmir_ao.quant.quantizer",
     "RFAFakeQuantize": "qmir_ao.quant.rfa",
     "get_qmir_qconfig": "qmir_ao.quant.qconfig",
+    "get_qmir_qconfig_mapping": "qmir_ao.quant.assignment",
     "qmir_qconfig": "qmir_ao.quant.qconfig",
+    "register_selective_scan": "qmir_ao.capture.registry",
 }
 
 

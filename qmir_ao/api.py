@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -14,7 +14,9 @@ from qmir_ao.errors import ConfigError
 if TYPE_CHECKING:
     from torch.ao.quantization import QConfig, QConfigMapping
 
+    from qmir_ao.backend.bit_budget import BitAssignment
     from qmir_ao.backend.lowered import LoweredModule
+    from qmir_ao.backend.table import Table
 
 
 def prepare_qat(
@@ -47,15 +49,24 @@ def prepare_qat(
     """
     import copy
 
+    from torch.ao.quantization import QConfigMapping
+
     import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels that training uses)
+    from qmir_ao.quant.assignment import check_mapping
     from qmir_ao.quant.prepare import prepare_exported, prepare_traced
 
     own = copy.deepcopy(model)
+    if isinstance(qconfig, QConfigMapping):
+        check_mapping(qconfig, own)
     if example_inputs is None:
+        from qmir_ao.capture.blame import blamed
+        from qmir_ao.capture.fuse_recurrence import fused_by_trace
+        from qmir_ao.capture.inputs import check_devices
         from qmir_ao.capture.selective_scan import swapped_selective_scan
 
-        with swapped_selective_scan(own):
-            return prepare_traced(own, qconfig, placement)
+        check_devices(own, ())
+        with swapped_selective_scan(own), blamed(own):
+            return prepare_traced(fused_by_trace(own), qconfig, placement)
     from qmir_ao.capture.export import export_graph
     from qmir_ao.capture.inputs import insert_input_checks
 
@@ -139,17 +150,152 @@ def convert_and_lower(
     return lower(prepared)
 
 
-def compare(prepared: GraphModule, lowered: "LoweredModule", *inputs: Any) -> list[dict[str, Any]]:
-    """Compare a prepared and a lowered network operator by operator, on equal inputs.
+@overload
+def compare(
+    model: GraphModule, lowered: "LoweredModule", *data: torch.Tensor
+) -> list[dict[str, Any]]: ...
+
+
+@overload
+def compare(
+    model: nn.Module,
+    lowered: "LoweredModule",
+    *data: Any,
+    file: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> "Table": ...
+
+
+def compare(
+    model: nn.Module,
+    lowered: "LoweredModule",
+    *data: Any,
+    file: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> "list[dict[str, Any]] | Table":
+    """Compare a network with its lowered form: is the arithmetic right, or what did it cost?
+
+    With the prepared network, operator by operator on equal inputs: whether the integers reproduce
+    the fake-quantized arithmetic. With the float network, layer by layer inside of both networks:
+    noise, clipping, codes used and outliers, and histograms of what the selective scans give.
+
+    Args:
+        model: prepared network, or the float network it was made from.
+        lowered: its lowered form.
+        data: for a prepared network its inputs; for a float network one iterable of inputs (or of
+            pairs with ground truth, which is not used).
+        file: results file of a comparison with the float network, which goes on from it.
+        progress: called with (done, total) batches of a comparison with the float network.
 
     Returns:
-        One record for each integer operator, with the keys `name, module, kind, codes,
-        code_mismatches, boundary_mismatches, acc_equal, max_error_steps, sqnr_db, clip_rate`; see
-        `qmir_ao.backend.compare`.
-    """
-    from qmir_ao.backend.compare import compare_operators
+        For a prepared network one record for each integer operator, with the keys `name, module,
+        kind, codes, code_mismatches, boundary_mismatches, acc_equal, max_error_steps, sqnr_db,
+        clip_rate`; for a float network a `Table`. See `qmir_ao.backend.compare` and
+        `qmir_ao.backend.comparison`.
 
-    return compare_operators(prepared, lowered, inputs)
+    Raises:
+        UnsupportedGraph: a prepared network that the other was not made from.
+        ConfigError: a float network that the other was not made from, bad data, or a results file
+            of something else.
+    """
+    from qmir_ao.quant.prepare import is_fake_quantize
+
+    if any(is_fake_quantize(module) for module in model.modules()):
+        from qmir_ao.backend.compare import compare_operators
+
+        if file is not None or progress is not None:
+            raise ConfigError("compare: file and progress are for a comparison with a float model")
+        assert isinstance(model, GraphModule)
+        return compare_operators(model, lowered, data)
+    from qmir_ao.backend.comparison import compare_with_float
+
+    if len(data) != 1:
+        raise ConfigError(
+            f"compare: with a float network pass one iterable of inputs, got {len(data)} arguments"
+        )
+    return compare_with_float(model, lowered, data[0], file=file, progress=progress)
+
+
+def sensitivity(
+    model: nn.Module,
+    data: Any,
+    *,
+    bits: Sequence[int] = (2, 4, 8),
+    file: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> "Table":
+    """Drop in PSNR per layer and bit width: one layer quantized at a time, by calibration alone.
+
+    Args:
+        model: float network from images to images in [0, 1]; left as it was.
+        data: input tensors, or pairs (input, ground truth).
+        bits: widths to try, of weights and activations alike.
+        file: results file, written after each layer; a call with the same arguments goes on.
+        progress: called with (done, total) after each layer and width.
+        **settings: further arguments of `get_qmir_qconfig`.
+
+    Returns:
+        A `Table` with a row for each layer and width; see
+        `qmir_ao.backend.sensitivity.measure_sensitivity`.
+
+    Raises:
+        ConfigError: bad data or bits, or the file belongs to another model, data or setting.
+    """
+    import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
+    from qmir_ao.backend.sensitivity import measure_sensitivity
+
+    return measure_sensitivity(model, data, bits=bits, file=file, progress=progress, **settings)
+
+
+def assign_bits(
+    model: nn.Module,
+    data: Any,
+    budget: str,
+    metric: str = "psnr",
+    *,
+    bits: Sequence[int] = (2, 4, 8),
+    table: "Table | None" = None,
+    file: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> "BitAssignment":
+    """Choose the bits of each layer so that the output loses least within a budget.
+
+    Args:
+        model: float network.
+        data: as for `sensitivity`; with ground truth its error counts, else that to the float
+            output.
+        budget: "size=0.2x" (all parameters, as a share of float32), "size=150000" (bytes), or
+            "bits=4.0" (mean over the quantized weights).
+        metric: "psnr".
+        bits: widths to choose from.
+        table: what `sensitivity` returned for this model and data, to spare the measurement.
+        file: results file of the measurement, which goes on from it.
+        progress: called with (done, total) during the measurement.
+        **settings: further arguments of `get_qmir_qconfig`.
+
+    Returns:
+        A QConfigMapping for `prepare_qat`, with what it expects.
+
+    Raises:
+        ConfigError: a budget that nothing fits into (with the smallest that is reachable), a budget
+            or metric that is none, or a table of another model or data.
+    """
+    import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
+    from qmir_ao.backend.bit_budget import search_bits
+
+    return search_bits(
+        model,
+        data,
+        budget,
+        metric,
+        bits=bits,
+        table=table,
+        file=file,
+        progress=progress,
+        **settings,
+    )
 
 
 def save(lowered: "LoweredModule", path: str | os.PathLike[str]) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qmir_ao.errors import CheckpointError
 from qmir_ao.recipes.images import atomic_write
 
-_WRAPPERS = ("params", "params_ema", "state_dict")
+_WRAPPERS = ("params", "params_ema", "state_dict", "model.sd_e")
+"""Where published files keep the weights; EAMamba's the averaged ones two levels down."""
 _PREFIX = "module."
 _SHOWN = 3
 """Keys of each kind that an error message names."""
@@ -23,8 +24,8 @@ _SHOWN = 3
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read tensors by name from `.safetensors` or a published `.pth`.
 
-    A `.pth` is read with `weights_only=True` and nothing else; `params`, `params_ema` and
-    `state_dict` wrappers and a `module.` prefix are removed.
+    A `.pth` is read with `weights_only=True` and nothing else; `params`, `params_ema`,
+    `state_dict` and `model.sd_e` wrappers and a `module.` prefix are removed.
 
     Raises:
         CheckpointError: missing, damaged, hostile or without tensors.
@@ -76,8 +77,11 @@ def read_pickle(path: Path) -> Any:
 
 def _unwrap(path: Path, content: Any) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+        inner = content
+        for key in wrapper.split("."):
+            inner = inner.get(key) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping):
+            content = inner
             break
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(
@@ -103,7 +107,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: see `read_weights`, or the file belongs to another architecture.
     """
-    weights = read_weights(path)
+    ignored = getattr(model, "ignored_keys", ())
+    weights = {k: v for k, v in read_weights(path).items() if k.rpartition(".")[2] not in ignored}
     expected = model.state_dict()
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected]

@@ -13,6 +13,7 @@ import typer
 
 from qmir_ao import __version__
 from qmir_ao.errors import CheckpointError, ConfigError, ImageError
+from qmir_ao.recipes.commands.analyze import analyze
 from qmir_ao.recipes.commands.demo import demo
 from qmir_ao.recipes.commands.doctor import doctor
 from qmir_ao.recipes.commands.evaluate import evaluate
@@ -51,6 +52,7 @@ app.command()(recipes)
 app.command()(run)
 app.command()(reproduce)
 app.command()(info)
+app.command()(analyze)
 app.command()(doctor)
 
 

@@ -1,6 +1,7 @@
 """Plots of the demo report as inline SVG, in colours that the page's style sheet decides."""
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +18,11 @@ CSS_COLOURS = {
     "#010205": "var(--line)",
     "#010206": "var(--series-1)",
     "#010207": "var(--series-2)",
+    "#010208": "var(--series-3)",
 }
 INK, MUTED, LINE, *SERIES = CSS_COLOURS
 MARKERS = {"linear": "o", "conv2d": "s", "selective_scan": "D"}
+LINE_MARKERS = "osD^vPX"
 KIND_LABELS = {"linear": "linear", "conv2d": "convolution", "selective_scan": "selective scan"}
 # Any: matplotlib types its settings by a literal of their three hundred names.
 _STYLE: Any = {
@@ -134,3 +137,81 @@ def loss_plot(losses: Mapping[str, Sequence[float]], window: int = 30) -> str:
         axes.margins(x=0.01)
         figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.2)
         return _svg(figure, "Training loss")
+
+
+def lines_plot(values: Mapping[str, Sequence[float | None]], across: str, up: str) -> str:
+    """One line for each label over the layers of a network; gaps where there is no value.
+
+    Args:
+        values: label of a line to its values in network order.
+        across: what the places are.
+        up: label of the values.
+
+    Returns:
+        One `<svg>` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(9.6, 3.6)
+        # More widths than colours are told apart by their markers.
+        styles = zip(itertools.cycle(SERIES), itertools.cycle(LINE_MARKERS), strict=False)
+        for (colour, marker), (label, line) in zip(styles, values.items(), strict=False):
+            heights = [float("nan") if v is None else v for v in line]
+            places = range(1, len(line) + 1)
+            axes.plot(places, heights, color=colour, linewidth=1.2, alpha=0.5)
+            axes.plot(places, heights, marker, color=colour, markersize=4, label=label)
+        axes.set_xlabel(f"{across}, in the order in which the network runs them")
+        axes.set_ylabel(up)
+        axes.margins(x=0.02, y=0.08)
+        figure.legend(loc="outside upper left", ncols=5, frameon=False, handlelength=1.2)
+        return _svg(figure, up)
+
+
+def histogram_plot(scan: Mapping[str, Any], title: str) -> str:
+    """How often values occur before and after quantization, on a logarithmic scale.
+
+    Args:
+        scan: `low` and `high` of the bins and their counts `before` and `after`.
+        title: what is shown, for screen readers.
+
+    Returns:
+        One `<svg>` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(5.2, 3.0)
+        bins = len(scan["before"])
+        width = (scan["high"] - scan["low"]) / bins
+        edges = [scan["low"] + width * index for index in range(bins + 1)]
+        for colour, key, label in zip(
+            SERIES, ("before", "after"), ("float", "quantized"), strict=False
+        ):
+            axes.stairs(scan[key], edges, color=colour, linewidth=1.4, label=label)
+        axes.set(yscale="log", xlabel="output of the scan", ylabel="count")
+        axes.set_ylim(bottom=0.7)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.2)
+        return _svg(figure, title)
+
+
+def channels_plot(scan: Mapping[str, Any], title: str) -> str:
+    """Largest magnitude of each channel before and after quantization, largest first.
+
+    Args:
+        scan: `peaks_before` and `peaks_after`, one value for each channel.
+        title: what is shown, for screen readers.
+
+    Returns:
+        One `<svg>` element.
+    """
+    before, after = scan["peaks_before"], scan["peaks_after"]
+    order = sorted(range(len(before)), key=lambda i: -before[i])
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(5.2, 3.0)
+        places = range(1, len(order) + 1)
+        axes.plot(
+            places, [after[i] for i in order], "o", color=SERIES[1], markersize=3, label="quantized"
+        )
+        axes.plot(places, [before[i] for i in order], color=SERIES[0], linewidth=1.6, label="float")
+        axes.set(xlabel="channel", ylabel="largest magnitude")
+        axes.set_ylim(bottom=0.0)
+        axes.margins(x=0.02)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.2)
+        return _svg(figure, title)

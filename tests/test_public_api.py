@@ -14,15 +14,19 @@ PUBLIC = [
     "QmirError",
     "QmirQuantizer",
     "RFAFakeQuantize",
+    "assign_bits",
     "calibrate",
     "compare",
     "convert_and_lower",
     "get_qmir_qconfig",
+    "get_qmir_qconfig_mapping",
     "load",
     "prepare_ptq",
     "prepare_qat",
     "qmir_qconfig",
+    "register_selective_scan",
     "save",
+    "sensitivity",
 ]
 HEAVY = ["torchao", "cupy", "onnx", "onnxruntime", "lightning", "cv2", "matplotlib", "torchvision"]
 

@@ -53,7 +53,7 @@ def evaluate(
         from qmir_ao.recipes.loading import load_model
 
         loaded = load_model(model, arch)
-        chosen = _task(loaded, task, {k: v for k, v in given.items() if v is not None})
+        chosen = chosen_task(loaded, task, {k: v for k, v in given.items() if v is not None})
     with progress(f"scoring {loaded.name}") as report:
         result = run(
             loaded.model,
@@ -70,13 +70,17 @@ def evaluate(
     _show(loaded.name, result)
 
 
-def _task(loaded: "LoadedModel", name: str | None, settings: dict[str, Any]) -> "Task":
-    """The task asked for, after a check that the network can do it."""
+def chosen_task(loaded: "LoadedModel", name: str | None, settings: dict[str, Any]) -> "Task":
+    """The task asked for, after a check that the network can do it.
+
+    Raises:
+        ConfigError: the task is not said, unknown, or not the network's.
+    """
     from qmir_ao.recipes.tasks import TASKS, create_task
 
     if name is None and loaded.scale == 1:
         raise ConfigError(
-            f"eval: {loaded.name} does not enlarge, so its task must be said: --task "
+            f"{loaded.name} does not enlarge, so its task must be said: --task "
             f"{', '.join(n for n in TASKS if n != 'sr')}"
         )
     name = "sr" if name is None else name
@@ -85,11 +89,11 @@ def _task(loaded: "LoadedModel", name: str | None, settings: dict[str, Any]) -> 
     task = create_task(name, **settings)
     if task.scale != loaded.scale:
         raise ConfigError(
-            f"eval: {loaded.name} enlarges {loaded.scale} times, not {task.scale} ({task.title})"
+            f"{loaded.name} enlarges {loaded.scale} times, not {task.scale} ({task.title})"
         )
     if task.channels != loaded.channels:
         raise ConfigError(
-            f"eval: {loaded.name} takes images of {loaded.channels} channels, {task.title} has "
+            f"{loaded.name} takes images of {loaded.channels} channels, {task.title} has "
             f"{task.channels}; give a model of that task"
         )
     return task

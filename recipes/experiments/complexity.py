@@ -1,53 +1,14 @@
 """Parameters, operations and bytes of a network, for the paper's table of complexity."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import qmir_ao.ops.selective_scan  # noqa: F401  (defines torch.ops.qmir.selective_scan)
+from qmir_ao.recipes.complexity import operations, parameters
 from qmir_ao.recipes.experiments.results import summary
 
-SIDE = 320
-"""Side of the input that the paper counts operations on."""
-SCAN_FACTOR = 9
-"""Operations of a selective scan for each position, channel and state, as fvcore counts them."""
-
-
-def parameters(model: nn.Module) -> int:
-    """True number of parameters: every tensor, those of the scans included."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def operations(model: nn.Module, side: int = SIDE) -> dict[str, int]:
-    """Multiply-accumulates of one image, without computing them.
-
-    Args:
-        model: network on images of 3 channels, or of its `in_channels`.
-        side: height and width of the input.
-
-    Returns:
-        `layers` (convolutions and linear layers, the projections of the scans included), `scan`
-        (the recurrences themselves) and `total`.
-    """
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    ghost = copy.deepcopy(model).to("meta").eval()
-    scan = torch.ops.qmir.selective_scan
-    with FlopCounterMode(display=False, custom_mapping={scan: _scan}) as counter, torch.no_grad():
-        ghost(torch.empty(1, first.in_channels, side, side, device="meta"))
-    counts: dict[Any, int] = counter.get_flop_counts()["Global"]
-    scans = sum(n for op, n in counts.items() if "selective_scan" in str(op))
-    layers = (sum(counts.values()) - scans) // 2
-    return {"layers": layers, "scan": scans, "total": layers + scans}
-
-
-def _scan(u: torch.Size, delta: torch.Size, a: torch.Size, *rest: Any, **more: Any) -> int:
-    """Operations from the shapes (B, E, L), (B, E, L), (E, N)."""
-    batch, channels, length = u
-    return SCAN_FACTOR * batch * channels * length * a[1]
+__all__ = ["equivalent_parameters", "fill", "operations", "parameters"]
 
 
 def equivalent_parameters(total: int, record: dict[str, Any]) -> float:

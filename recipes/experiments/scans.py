@@ -20,7 +20,7 @@ FAR = 6.0
 
 @dataclass(frozen=True)
 class Scan:
-    """One call of the operator: its input (None where it is codes) and output, (B, E, L)."""
+    """One call of the operator: its input (None where it is codes) and output."""
 
     given: Tensor | None
     made: Tensor
@@ -32,8 +32,8 @@ class _Listener(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         qmir = torch.ops.qmir
-        self.float_op = qmir.selective_scan.default
-        self.integer_op = qmir.selective_scan_q.default
+        self.float_ops = (qmir.selective_scan.default, qmir.ss2d_scan.default)
+        self.integer_ops = (qmir.selective_scan_q.default, qmir.ss2d_scan_q.default)
         self.scans: list[Scan] = []
 
     def __torch_dispatch__(
@@ -41,9 +41,9 @@ class _Listener(TorchDispatchMode):
     ) -> Any:
         """Run the operator and keep what a scan gives."""
         out = func(*args, **(kwargs or {}))
-        if func is self.float_op:
+        if func in self.float_ops:
             self.scans.append(Scan(args[0].detach(), out.detach()))
-        elif func is self.integer_op:
+        elif func in self.integer_ops:
             self.scans.append(Scan(None, out.detach()))
         return out
 
