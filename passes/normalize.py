@@ -14,7 +14,7 @@ from qmir_ao.quant.patterns import is_constant, module_of
 
 aten = torch.ops.aten
 
-_CONV_RANK: dict[Any, int] = {
+CONV_RANK: dict[Any, int] = {
     F.conv1d: 1,
     F.conv2d: 2,
     aten.conv1d.default: 1,
@@ -23,12 +23,13 @@ _CONV_RANK: dict[Any, int] = {
     aten.conv2d.padding: 2,
 }
 _CONV_ATEN: dict[int, Any] = {1: aten.conv1d.default, 2: aten.conv2d.default}
-_CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_CONV_DEFAULTS = (None, None, None, 1, 0, 1, 1)
+CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+CONV_DEFAULTS = (None, None, None, 1, 0, 1, 1)
 _LINEAR_NAMES = ("input", "weight", "bias")
 
 
-def _arguments(node: Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+def named_arguments(node: Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+    """Arguments in the order of `names`, whether they were given by position or by name."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
@@ -184,17 +185,17 @@ class NormalizeOperators(Pass):
                 graph_module.graph.erase_node(node)
                 changed += 1
             elif node.target is F.linear:
-                node.args = tuple(_arguments(node, _LINEAR_NAMES, (None, None, None)))
+                node.args = tuple(named_arguments(node, _LINEAR_NAMES, (None, None, None)))
                 node.kwargs, node.target = {}, aten.linear.default
                 changed += 1
-            elif node.target in _CONV_RANK:
-                changed += _normalize_conv(graph_module, node, _CONV_RANK[node.target])
+            elif node.target in CONV_RANK:
+                changed += _normalize_conv(graph_module, node, CONV_RANK[node.target])
         return changed
 
 
 def _normalize_conv(graph_module: GraphModule, node: Node, rank: int) -> int:
-    x, weight, bias, stride, padding, dilation, groups = _arguments(
-        node, _CONV_NAMES, _CONV_DEFAULTS
+    x, weight, bias, stride, padding, dilation, groups = named_arguments(
+        node, CONV_NAMES, CONV_DEFAULTS
     )
     stride, dilation = sizes_of(stride, rank), sizes_of(dilation, rank)
     if isinstance(padding, str):
