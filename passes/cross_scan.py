@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 from qmir_ao.capture.recurrence import call_name
 from qmir_ao.ops._directions import DIRECTIONS, merge, to_images, to_sequences
 from qmir_ao.ops.ss2d_scan import ss2d_scan_ref
-from qmir_ao.passes.evaluate import Evaluator, NoValue, in_float64, known_value, writes_near
+from qmir_ao.passes.base import writes_near
+from qmir_ao.passes.evaluate import Evaluator, NoValue, in_float64, known_value
 from qmir_ao.passes.quantizers import quantizer_of, rows_of
 from qmir_ao.quant.patterns import arguments, is_constant
 

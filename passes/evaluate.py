@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from qmir_ao.capture.recurrence import call_name
 from qmir_ao.ops.selective_scan import selective_scan_ref
 from qmir_ao.ops.ss2d_scan import ss2d_scan_ref
+from qmir_ao.passes.base import writes
 from qmir_ao.passes.quantizers import quantizer_of, rows_of
 from qmir_ao.quant.constants import attribute
 
@@ -31,19 +32,6 @@ class NoValue(Exception):
 def known_value(node: Node) -> Any:
     """What the capture recorded of a node's value: a fake tensor, a size, or None."""
     return node.meta.get("val", node.meta.get("example_value"))
-
-
-def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = call_name(node)
-    return (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "iadd", "imul")
-
-
-def writes_near(nodes: Sequence[Node]) -> bool:
-    """Whether an operator writes into one of these tensors, or one of these operators writes."""
-    return any(_writes(n) or any(_writes(user) for user in n.users) for n in nodes)
 
 
 class Evaluator:
@@ -117,7 +105,7 @@ class Evaluator:
             return _stand_in(rows_of(self._root, node), known[source])
         if node.op == "call_module":
             return self._call_module(node, known)
-        if _writes(node):
+        if writes(node):
             raise NoValue(f"{node.name} writes into a tensor")
         return self._call(node, known)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qmir_ao.capture.unroll import emit
 from qmir_ao.ops._directions import DIRECTIONS
-from qmir_ao.passes.base import Pass
+from qmir_ao.passes.base import Pass, remove_unread
 from qmir_ao.passes.cross_scan import Copies, Match, find_cross_scans
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.passes.normalize import CONV_DEFAULTS, CONV_NAMES, named_arguments
@@ -46,14 +46,14 @@ class FuseCrossScan(Pass):
     agree but within 1e-5 of a step of a rounding boundary.
     """
 
-    ensures = ("no proven cross scan is left as data movement",)
+    ensures = ("image_scans_get_images",)
 
     def rewrite(self, graph_module: GraphModule) -> int:
         """Fuse every proven cross scan; anything else stays as it is."""
         changed = 0
         for match in find_cross_scans(graph_module):
             _fuse(graph_module, match)
-            graph_module.graph.eliminate_dead_code()
+            remove_unread(graph_module)
             changed += 1
         return changed
 

@@ -170,6 +170,7 @@ class NormalizeOperators(Pass):
     """
 
     requires = ("InlineModules",)
+    ensures = ("one_vocabulary",)
 
     def rewrite(self, graph_module: GraphModule) -> int:
         """Rewrite every functional linear, convolution and dropout call."""

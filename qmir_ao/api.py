@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qmir_ao.backend.bit_budget import BitAssignment
     from qmir_ao.backend.lowered import LoweredModule
     from qmir_ao.backend.table import Table
+    from qmir_ao.passes.record import PassRecord
 
 
 def prepare_qat(
@@ -52,6 +53,8 @@ def prepare_qat(
     from torch.ao.quantization import QConfigMapping
 
     import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels that training uses)
+    from qmir_ao.passes.pipeline import CAPTURE, run_passes
+    from qmir_ao.passes.record import RECORDS
     from qmir_ao.quant.assignment import check_mapping
     from qmir_ao.quant.prepare import prepare_exported, prepare_traced
 
@@ -60,20 +63,39 @@ def prepare_qat(
         check_mapping(qconfig, own)
     if example_inputs is None:
         from qmir_ao.capture.blame import blamed
-        from qmir_ao.capture.fuse_recurrence import fused_by_trace
         from qmir_ao.capture.inputs import check_devices
         from qmir_ao.capture.selective_scan import swapped_selective_scan
 
         check_devices(own, ())
         with swapped_selective_scan(own), blamed(own):
-            return prepare_traced(fused_by_trace(own), qconfig, placement)
-    from qmir_ao.capture.export import export_graph
-    from qmir_ao.capture.inputs import insert_input_checks
+            graph, records = _rewritten_trace(own)
+            prepared = prepare_traced(own, qconfig, placement, graph)
+    else:
+        from qmir_ao.capture.export import export_graph
+        from qmir_ao.capture.inputs import insert_input_checks
 
-    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-    graph_module = export_graph(own, inputs, dynamic_shapes)
-    insert_input_checks(graph_module)
-    return prepare_exported(graph_module, qconfig, placement)
+        inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+        graph_module = export_graph(own, inputs, dynamic_shapes)
+        records = run_passes(graph_module, CAPTURE)
+        insert_input_checks(graph_module)
+        prepared = prepare_exported(graph_module, qconfig, placement)
+    prepared.meta[RECORDS] = records
+    return prepared
+
+
+def _rewritten_trace(model: nn.Module) -> "tuple[GraphModule | None, list[PassRecord]]":
+    """A symbolic trace after the passes that run before preparation; None where none applies."""
+    from qmir_ao.capture.fuse_recurrence import rewritten_by_trace
+    from qmir_ao.passes.pipeline import CAPTURE, run_passes
+
+    records: list[PassRecord] = []
+
+    def rewrite(graph_module: GraphModule) -> bool:
+        records.extend(run_passes(graph_module, CAPTURE))
+        return any(record.changed for record in records)
+
+    found = rewritten_by_trace(model, rewrite)
+    return (found if found is not model and isinstance(found, GraphModule) else None), records
 
 
 def prepare_ptq(

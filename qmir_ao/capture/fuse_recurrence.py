@@ -1,6 +1,7 @@
 """Replace proven recurrences in a captured graph by `torch.ops.qmir.selective_scan`."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +63,24 @@ def fuse_recurrences(graph_module: GraphModule) -> int:
     return count
 
 
-def fused_by_trace(model: nn.Module) -> nn.Module:
-    """The model as a graph with its recurrences replaced; itself where there is none to replace."""
+def rewritten_by_trace(
+    model: nn.Module, rewrite: Callable[[GraphModule], bool] = lambda _: False
+) -> nn.Module:
+    """The model as a graph with its recurrences replaced; itself where nothing changes.
+
+    Args:
+        model: what is traced; where that fails the preparation traces again, and reports it.
+        rewrite: further rewriting of the graph in place; returns whether it changed something.
+    """
     from torch.ao.quantization.fx.tracer import QuantizationTracer
 
     try:
         traced = GraphModule(model, QuantizationTracer([], []).trace(model))
-    except Exception as reason:  # the preparation traces again, and reports it
+    except Exception as reason:
         log.debug("no search for recurrences: %s", reason)
         return model
-    return traced if fuse_recurrences(traced) else model
+    fused = fuse_recurrences(traced) > 0
+    return traced if rewrite(traced) or fused else model
 
 
 def _replace(graph_module: GraphModule, match: Match) -> None:

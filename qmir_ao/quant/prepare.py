@@ -93,22 +93,29 @@ def with_modes(graph_module: GraphModule) -> PreparedGraph:
 
 
 def prepare_traced(
-    model: nn.Module, qconfig: QConfig | QConfigMapping, placement: str
+    model: nn.Module,
+    qconfig: QConfig | QConfigMapping,
+    placement: str,
+    graph: GraphModule | None = None,
 ) -> GraphModule:
     """Run torch.ao's `prepare_qat_fx` on a model and bring its quantizers to the same places.
+
+    Args:
+        model: what is traced.
+        qconfig: a QConfig, or a QConfigMapping.
+        placement: "paper" or "official".
+        graph: a trace of the model that was rewritten, to be prepared in its place.
 
     Raises:
         CaptureError: symbolic tracing failed.
         UnsupportedGraph: nothing to quantize.
     """
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
     check_placement(placement)
     mapping = official_mapping(qconfig) if placement == "official" else as_mapping(qconfig)
-    traced = trace_graph(model)
+    traced = trace_graph(model) if graph is None else graph
     full, reasons = _mapping_by_layer(traced, mapping)
     with _quiet():
-        prepared = prepare_qat_fx(model.train(), full, (), backend_config=qmir_backend_config())
+        prepared = _prepare_graph(traced, full) if graph is not None else _prepare(model, full)
     for node in prepared.graph.nodes:
         pattern = match(prepared, node)
         if pattern is not None and node.name in reasons:
@@ -120,6 +127,42 @@ def prepare_traced(
         raise nothing_to_quantize(prepared)
     materialize(prepared)
     return prepared
+
+
+def _prepare(model: nn.Module, mapping: QConfigMapping) -> GraphModule:
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    return prepare_qat_fx(model.train(), mapping, (), backend_config=qmir_backend_config())
+
+
+def _prepare_graph(traced: GraphModule, mapping: QConfigMapping) -> GraphModule:
+    """What `prepare_qat_fx` does after its own trace.
+
+    A second trace of a graph would lose which module a function was called in, and with it the
+    settings by module name.
+    """
+    from torch.ao.quantization.fx.custom_config import FuseCustomConfig, PrepareCustomConfig
+    from torch.ao.quantization.fx.prepare import prepare
+    from torch.ao.quantization.quantize_fx import _attach_meta_to_node_if_not_exist, _fuse_fx
+
+    scopes = {}
+    for node in traced.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+        scopes[node.name] = stack[-1]
+    traced.train()
+    _attach_meta_to_node_if_not_exist(traced)
+    config = qmir_backend_config()
+    fused = _fuse_fx(traced, True, FuseCustomConfig(), config)
+    return prepare(
+        fused,
+        mapping,
+        True,
+        scopes,
+        example_inputs=(),
+        prepare_custom_config=PrepareCustomConfig(),
+        _equalization_config=QConfigMapping(),
+        backend_config=config,
+    )
 
 
 def trace_graph(model: nn.Module) -> GraphModule:
