@@ -14,6 +14,7 @@ import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.capture.export import export_graph
 from qmir_ao.capture.selective_scan import swapped_selective_scan
 from qmir_ao.errors import CaptureError, UnsupportedGraph
+from qmir_ao.passes.pipeline import CAPTURE, run_passes
 from qmir_ao.quant.constants import constant_value
 from qmir_ao.quant.patterns import Pattern, is_constant, match, module_of, module_path, operand
 from qmir_ao.quant.placement import float_by_default
@@ -63,11 +64,13 @@ def capture_float(model: nn.Module, example_inputs: Sequence[Any] | None = None)
     own = copy.deepcopy(model).eval()
     try:
         with swapped_selective_scan(own):
-            return trace_graph(own)
+            graph_module = trace_graph(own)
     except CaptureError:
         if example_inputs is None:
             raise
-    return export_graph(own, example_inputs)
+        graph_module = export_graph(own, example_inputs)
+    run_passes(graph_module, CAPTURE)
+    return graph_module
 
 
 def find_layers(graph_module: GraphModule) -> list[Layer]:

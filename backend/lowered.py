@@ -1,5 +1,6 @@
 """A lowered model: a graph of integer operators with its report."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.fx.graph import CodeGen
 from qmir_ao.backend.report import LoweringReport
 from qmir_ao.capture.inputs import check_input
 from qmir_ao.errors import NonFiniteError
+from qmir_ao.passes.record import PassRecord
 from qmir_ao.quant.constants import attribute
 
 
@@ -20,12 +22,20 @@ class LoweredModule(nn.Module):
         graph_module: the graph of integer and remaining float operators.
         report: what became of each operator.
         target: "cpu".
+        passes: records of the passes that made the graph, for `qmir_ao.explain`.
     """
 
-    def __init__(self, graph_module: GraphModule, report: LoweringReport, target: str) -> None:
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        report: LoweringReport,
+        target: str,
+        passes: Sequence[PassRecord] = (),
+    ) -> None:
         """Wrap a finished graph; `convert_and_lower` and `load` do this."""
         super().__init__()
         self.graph_module, self.report, self.target = graph_module, report, target
+        self.passes = list(passes)
         self._one_by_one = keeps_samples_apart(graph_module)
         self.requires_grad_(False)
         self.eval()

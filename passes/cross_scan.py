@@ -33,6 +33,7 @@ MOVES = frozenset(
     "reshape_as expand_as mT".split()
 )
 SUMS = frozenset({"add", "sum", "__add__", "__radd__"})
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 _SIZES = frozenset({"size", "sym_size", "getattr", "dim"})
 
 IMAGES = ("bdhw", "bhwd")
@@ -83,6 +84,7 @@ class Match:
         projections: nodes between those and the operands delta, B and C.
         out: sum of the directions.
         out_layout: of `RESULTS`.
+        assertions: torch.export's, on types of tensors that go.
     """
 
     scans: tuple[Node, ...]
@@ -94,6 +96,7 @@ class Match:
     projections: tuple[Node, ...]
     out: Node
     out_layout: str
+    assertions: tuple[Node, ...]
 
 
 def tensor_inputs(node: Node) -> list[Node]:
@@ -330,13 +333,14 @@ def _complete(graph_module: GraphModule, readings: list[_Reading]) -> Match | No
     region = _projections(graph_module, scans, first.image)
     if region is None:
         return None
-    projections, entries = region
+    projections, entries, moved = region
     copies = []
     for entry in entries:
         held = _read(graph_module, entry, first.image, first.layout, first.channels)
         if held is None:
             return None
-        copies.append(held)
+        if any(held.orders):  # rows stay as they are
+            copies.append(held)
     found = _sum_of(graph_module, first, scans)
     if found is None or writes_near([first.image, *projections, *entries]):
         return None
@@ -350,6 +354,7 @@ def _complete(graph_module: GraphModule, readings: list[_Reading]) -> Match | No
         projections=projections,
         out=found[0],
         out_layout=found[1],
+        assertions=_assertions([*moved, *projections, *_inside(scans, found[0])]),
     )
 
 
@@ -364,8 +369,8 @@ def _combinable(graph_module: GraphModule, readings: Sequence[_Reading]) -> bool
 
 def _projections(
     graph_module: GraphModule, scans: Sequence[Node], image: Node
-) -> tuple[tuple[Node, ...], tuple[Node, ...]] | None:
-    """Nodes between copies of the image and delta, B and C; and the copies that they read.
+) -> tuple[tuple[Node, ...], tuple[Node, ...], set[Node]] | None:
+    """Nodes between copies of the image and delta, B and C; the copies that they read; all copies.
 
     None where anything but the scans reads one of them: the others would see another order.
     """
@@ -386,16 +391,17 @@ def _projections(
     readers = made | set(scans)
     for node in made | (moved - {image}):
         for user in node.users:
-            if user not in readers and user not in moved and not _asks_size(user):
+            known = user in readers or user in moved or asks_size(user)
+            if not known and user.target is not _ASSERTION:
                 return None
     entries = {n for reader in readers for n in reader.all_input_nodes if n in moved}
     entries -= {arguments(scan)[0] for scan in scans} - {
         n for reader in made for n in reader.all_input_nodes
     }
-    in_order = [n for n in image.graph.nodes if n in made], [
-        n for n in image.graph.nodes if n in entries and n is not image
-    ]
-    return tuple(in_order[0]), tuple(in_order[1])
+    entries.discard(image)
+    nodes = image.graph.nodes
+    ordered = (tuple(n for n in nodes if n in kind) for kind in (made, entries))
+    return (*ordered, moved - {image})  # type: ignore[return-value]
 
 
 def _made(scan: Node) -> list[Node]:
@@ -414,7 +420,8 @@ def _above(nodes: Sequence[Node]) -> set[Node]:
     return found
 
 
-def _asks_size(node: Node) -> bool:
+def asks_size(node: Node) -> bool:
+    """Whether a node reads a size, not values."""
     return call_name(node) in _SIZES
 
 
@@ -432,14 +439,29 @@ def _sum_of(
     for node in candidates:
         layout = _summed_as(graph_module, reading, scans, node)
         if layout is not None:
-            return (node, layout) if _only_through(scans, node, reached) else None
+            return (node, layout) if _only_through(scans, node) else None
     return None
 
 
-def _only_through(scans: Sequence[Node], out: Node, reached: set[Node]) -> bool:
-    """Whether the results of the scans are read by `out` alone."""
-    inside = (_above([out]) & reached) - {out}
-    return all(user is out or user in inside for node in inside for user in node.users)
+def _only_through(scans: Sequence[Node], out: Node) -> bool:
+    """Whether `out` is all that depends on the results of the scans, their sizes included."""
+    inside = _inside(scans, out)
+    users = {user for node in inside for user in node.users}
+    return all(u is out or u in inside or u.target is _ASSERTION for u in users)
+
+
+def _inside(scans: Sequence[Node], out: Node) -> set[Node]:
+    """The scans and what lies between them and `out`."""
+    below = set(scans)
+    for node in out.graph.nodes:
+        if below.intersection(node.all_input_nodes):
+            below.add(node)
+    return (_above([out]) & below) - {out}
+
+
+def _assertions(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    found = {user: None for node in nodes for user in node.users if user.target is _ASSERTION}
+    return tuple(found)
 
 
 def _summed_as(

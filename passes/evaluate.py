@@ -142,6 +142,8 @@ class Evaluator:
             return value
         if name not in self._parameters:
             drawn = self.random(value.shape).abs() + 0.1
+            if value.is_meta:
+                return self._parameters.setdefault(name, drawn)
             # A negative state matrix stays one: the state would grow beyond all digits.
             self._parameters[name] = torch.where(value.detach().cpu() < 0, -drawn, drawn)
         return self._parameters[name]

@@ -7,10 +7,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
+from qmir_ao.capture.recurrence import call_name
 from qmir_ao.capture.unroll import emit
 from qmir_ao.ops._directions import DIRECTIONS
 from qmir_ao.passes.base import Pass, remove_unread
-from qmir_ao.passes.cross_scan import Copies, Match, find_cross_scans
+from qmir_ao.passes.cross_scan import CASTS, SCANS, Copies, Match, asks_size, find_cross_scans
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.passes.normalize import CONV_DEFAULTS, CONV_NAMES, named_arguments
 from qmir_ao.passes.quantizers import quantizer_of, rows_of
@@ -51,6 +52,8 @@ class FuseCrossScan(Pass):
     def rewrite(self, graph_module: GraphModule) -> int:
         """Fuse every proven cross scan; anything else stays as it is."""
         changed = 0
+        if any(n.target in SCANS for n in graph_module.graph.nodes):
+            remove_unread(graph_module)  # sizes that a trace unpacked are no readers
         for match in find_cross_scans(graph_module):
             _fuse(graph_module, match)
             remove_unread(graph_module)
@@ -61,10 +64,10 @@ class FuseCrossScan(Pass):
 def _fuse(graph_module: GraphModule, match: Match) -> None:
     graph, images = graph_module.graph, _Images(graph_module, match)
     readers = {*match.projections, *match.scans}
-    first = next(n for n in graph.nodes if n in readers)
+    first, like = next(n for n in graph.nodes if n in readers), match.scans[0]
     with graph.inserting_before(first):
         height, width = (
-            emit(graph, aten.sym_size.int, (match.image, match.image_layout.index(i)), match.image)
+            _call(graph, aten.sym_size.int, like, match.image, match.image_layout.index(i))
             for i in "hw"
         )
         u = images.after(match.chain)
@@ -74,16 +77,19 @@ def _fuse(graph_module: GraphModule, match: Match) -> None:
         if held is not None and not _project_once(graph_module, node, held, images):
             node.replace_input_with(held.node, rows[held.node])
     for held in match.copies:
-        for user in [n for n in held.node.users if n in match.scans]:
-            if any(a is held.node for a in arguments(user)[1:]):
-                user.update_arg(arguments(user).index(held.node, 1), rows[held.node])
+        # Also a size that is read off the copies must not keep them.
+        held.node.replace_all_uses_with(
+            rows[held.node], delete_user_cb=asks_size
+        )
     with graph.inserting_before(match.scans[-1]):
         operands = [_operands(graph_module, s, (height, width)) for s in match.scans]
         joined = [_joined(graph, p, i) for i, p in enumerate(zip(*operands, strict=True), 1)]
         softplus = arguments(match.scans[0])[7]
-        y = emit(graph, qmir.ss2d_scan.default, (u, *joined, softplus), match.scans[0])
+        y = _call(graph, qmir.ss2d_scan.default, like, u, *joined, softplus)
         y = _result(graph, y, match)
     match.out.replace_all_uses_with(y)
+    for assertion in match.assertions:
+        graph.erase_node(assertion)
 
 
 class _Images:
@@ -106,8 +112,12 @@ class _Images:
             if layout == "bdhw":
                 return self._match.image
             order = [layout.index(letter) for letter in "bdhw"]
-            return emit(self._graph, aten.permute.default, (self._match.image, order), _like(self))
+            return _call(
+                self._graph, aten.permute.default, self._match.scans[0], self._match.image, order
+            )
         below, last = self.after(chain[:-1]), chain[-1]
+        if _converts_nothing(last, below):
+            return below
         new = self._graph.node_copy(last)
         new.args = (below, *last.args[1:])
         if isinstance(known_value(below), torch.Tensor):
@@ -124,13 +134,11 @@ class _Images:
             x = _call(self._graph, target, held.node, x, *rest)
         return x
 
-    def like(self) -> Node:
-        """The node whose origin new nodes inherit."""
-        return self._match.scans[0]
 
-
-def _like(images: _Images) -> Node:
-    return images.like()
+def _converts_nothing(node: Node, source: Node) -> bool:
+    """Whether a conversion is to the type that is there, as far as is known."""
+    types = {getattr(known_value(n), "dtype", None) for n in (node, source)}
+    return call_name(node) in CASTS and len(types) == 1 and None not in types
 
 
 _FLATTEN, _PERMUTE = aten.flatten.using_ints, aten.permute.default

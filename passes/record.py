@@ -48,12 +48,15 @@ class PassRecord:
 
 
 Snapshot = dict[Node, tuple[str, str, Any]]
+_UNTOLD = ("constant", "getitem")
+"""Nodes that come and go with others."""
+_QUANTIZER = re.compile(r"(^|\.)(activation_post_process_\d+(_\d+)?|weight_fake_quant)$")
 
 
 def snapshot(graph_module: GraphModule) -> Snapshot:
-    """Each node with what it calls, the module it came from and its operands."""
+    """Each node with what it calls and the module it came from."""
     return {
-        n: (_called(graph_module, n), _path(n), (n.target, n.args, n.kwargs))
+        n: (_called(graph_module, n), _path(n), n.target)
         for n in graph_module.graph.nodes
         if n.op not in ("placeholder", "output")
     }
@@ -63,11 +66,15 @@ def _called(graph_module: GraphModule, node: Node) -> str:
     if node.op == "get_attr":
         return "constant"
     module = module_of(graph_module, node)
-    return type(module).__name__ if module is not None else call_name(node)
+    if module is not None:
+        return type(module).__name__
+    own = getattr(node.target, "namespace", "") == "qmir"
+    return f"qmir.{call_name(node)}" if own else call_name(node)
 
 
 def _path(node: Node) -> str:
-    return str(node.meta.get("qmir_module") or module_path(node))
+    path = str(node.meta.get("qmir_module") or module_path(node))
+    return _QUANTIZER.sub("", path)
 
 
 def make_record(name: str, changed: int, before: Snapshot, after: Snapshot) -> PassRecord:
@@ -79,7 +86,9 @@ def make_record(name: str, changed: int, before: Snapshot, after: Snapshot) -> P
     operators = {k: n for k, n in sorted(counts.items()) if n}
     touched = {n: v for n, v in before.items() if after.get(n) != v}
     touched |= {n: v for n, v in after.items() if n not in before}
-    paths = {path for called, path, _ in touched.values() if path or called != "constant"}
+    told = {path for called, path, _ in touched.values() if called not in _UNTOLD}
+    # A quantizer of activations belongs to no module of the network.
+    paths = {path for path in told if path} or told
     return PassRecord(name, changed, operators, summarize(sorted(paths)))
 
 

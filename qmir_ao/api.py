@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.ao.quantization import QConfig, QConfigMapping
 
     from qmir_ao.backend.bit_budget import BitAssignment
+    from qmir_ao.backend.explanation import Explanation
     from qmir_ao.backend.lowered import LoweredModule
     from qmir_ao.backend.table import Table
     from qmir_ao.passes.record import PassRecord
@@ -318,6 +319,24 @@ def assign_bits(
         progress=progress,
         **settings,
     )
+
+
+def explain(lowered: "LoweredModule") -> "Explanation":
+    """What each pass changed, and what became of each operator.
+
+    Args:
+        lowered: from `convert_and_lower` or `load`.
+
+    Returns:
+        An object to print, with `passes` (records with `name`, `changed`, `operators` and
+        `modules`), `operators()` (rows of the operator table) and `to_dict()`.
+
+    Raises:
+        ConfigError: it is no lowered model.
+    """
+    from qmir_ao.backend.explanation import explain_lowered
+
+    return explain_lowered(lowered)
 
 
 def save(lowered: "LoweredModule", path: str | os.PathLike[str]) -> None:
