@@ -118,11 +118,11 @@ def _moves(graph_module: GraphModule, node: Node) -> bool:
 
 
 def _hoistable(graph_module: GraphModule, node: Node) -> bool:
-    """Whether a quantizer of activations gives the same values in any order of pixels."""
+    """Whether a quantizer of activations does to the image what it does to its four copies."""
     rows = None
     if quantizer_of(graph_module, node) is not None:
         rows = rows_of(graph_module, node)
-    return rows is not None and rows.ignores_order
+    return rows is not None and rows.ignores_order and not rows.counts
 
 
 def find_cross_scans(graph_module: GraphModule) -> Iterator[Match]:
@@ -254,7 +254,7 @@ def _read(
         sizes, symbols = chosen
         numbers = torch.arange(torch.Size(sizes).numel()).reshape(sizes)
         try:
-            (value,) = Evaluator(graph_module, symbols).values(
+            (value,) = Evaluator(graph_module, symbols, numbers=True).values(
                 [node], {image: in_layout(numbers, layout)}
             )
         except NoValue:
@@ -474,7 +474,7 @@ def _summed_as(
         if chosen is None:
             return None
         (batch, channels, height, width), symbols = chosen
-        evaluator = Evaluator(graph_module, symbols)
+        evaluator = Evaluator(graph_module, symbols, numbers=True)
         generator = torch.Generator().manual_seed(1)
         shape = (batch, DIRECTIONS, channels, height * width)
         drawn = torch.randint(-(2**40), 2**40, shape, generator=generator)

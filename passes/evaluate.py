@@ -40,10 +40,13 @@ class Evaluator:
     Args:
         graph_module: the graph; it is not changed.
         sizes: value of each dynamic size that is chosen, by its symbolic expression.
+        numbers: values are numbers of elements, which quantizers leave as they are.
     """
 
-    def __init__(self, graph_module: GraphModule, sizes: Mapping[Any, int]) -> None:
-        self._root, self._sizes = graph_module, dict(sizes)
+    def __init__(
+        self, graph_module: GraphModule, sizes: Mapping[Any, int], *, numbers: bool = False
+    ) -> None:
+        self._root, self._sizes, self._numbers = graph_module, dict(sizes), numbers
         self._random = torch.Generator().manual_seed(0)
         self._parameters: dict[Any, Any] = {}
 
@@ -102,7 +105,8 @@ class Evaluator:
             return self._outside(node, value)
         source = quantizer_of(self._root, node)
         if source is not None:
-            return _stand_in(rows_of(self._root, node), known[source])
+            rows = None if self._numbers else rows_of(self._root, node)
+            return _stand_in(rows, known[source])
         if node.op == "call_module":
             return self._call_module(node, known)
         if writes(node):
@@ -172,11 +176,12 @@ def in_float64(value: Any) -> Any:
 
 def _stand_in(rows: Any, x: Tensor) -> Tensor:
     """For a quantizer: `x` scaled by a statistic of its group, moved by the number of its channel."""
-    if rows is None or not x.is_floating_point():
+    if rows is None:
         return x
     grouped = rows.grouped(x)
     dims = list(range(0 if rows.whole_batch else 1, grouped.dim()))
-    scale = 1.0 + 0.01 * grouped.square().mean(dims, keepdim=True)
+    # With n - 1, as the quantizer has it: copies of a tensor are not the tensor.
+    scale = 1.0 + 0.1 * grouped.var(dims, correction=1, keepdim=True) if rows.counts else 1.1
     scaled = (grouped * scale).reshape(x.shape)
     if rows.channel_dim is None:
         return scaled

@@ -36,15 +36,18 @@ class FuseCrossScan(Pass):
 
     Preconditions: one scan of four groups, or several scans without quantizers that make four, in
     the directions rows, columns, rows from the end, columns from the end; nothing else reads a
-    reordered tensor or a scan's result; quantizers between image and scan are blind to the order
-    of pixels. A match is proven by evaluation before anything is changed (see `cross_scan`).
+    reordered tensor or a scan's result; a quantizer between the image and `u` has a static step. A
+    DLS there stays, and with it the cross scan: it takes the standard deviation of the four copies,
+    which divides by 4n - 1 where the image's divides by n - 1. So the pass runs before quantizers
+    are inserted, and again at lowering for graphs that were prepared elsewhere. A match is proven
+    by evaluation before anything is changed (see `cross_scan`).
 
     Error: equal operands give equal results, but for the order in which the four results are added
     where the network adds them otherwise than (rows + rows back) + (columns + columns back): three
     roundings of 2^-24 of the sum of their magnitudes on either side. Projections add their
-    products in the order that a kernel chooses for the other shape. Steps of quantizers are
-    statistics of the same values in another order, equal up to that order's rounding, so codes
-    agree but within 1e-5 of a step of a rounding boundary.
+    products in the order that a kernel chooses for the other shape. Dynamic quantizers of delta, B
+    and C see the same values of a sample in another order: their steps are equal up to the rounding
+    of the statistics, and codes agree but within 1e-5 of a step of a rounding boundary.
     """
 
     ensures = ("image_scans_get_images",)
@@ -120,8 +123,7 @@ class _Images:
             return below
         new = self._graph.node_copy(last)
         new.args = (below, *last.args[1:])
-        if isinstance(known_value(below), torch.Tensor):
-            new.meta["val"] = known_value(below)
+        _as_recorded(new, below)
         return new
 
     def copies(self, held: Copies) -> Node:
@@ -133,6 +135,14 @@ class _Images:
         for target, *rest in _LAYOUT_STEPS[held.layout]:
             x = _call(self._graph, target, held.node, x, *rest)
         return x
+
+
+def _as_recorded(quantizer: Node, source: Node) -> None:
+    """Record for a quantizer, which keeps shape and type, what is recorded of its input."""
+    for key in ("val", "example_value"):
+        quantizer.meta.pop(key, None)
+        if key in source.meta:
+            quantizer.meta[key] = source.meta[key]
 
 
 def _converts_nothing(node: Node, source: Node) -> bool:
@@ -193,7 +203,7 @@ def _with_one_more_dimension(graph_module: GraphModule, node: Node, weight: Node
     with graph.inserting_before(new):
         enlarged = _call(graph, aten.unsqueeze.default, node, source, -1)
     new.args = (enlarged, *weight.args[1:])
-    new.meta.pop("val", None)
+    _as_recorded(new, enlarged)
     return new
 
 
@@ -215,9 +225,7 @@ def _as_image(graph_module: GraphModule, scan: Node, x: Node, size: tuple[Node, 
     with graph.inserting_before(x):
         unfolded = _call(graph, aten.unflatten.int, x, source, -1, list(size))
     x.args = (unfolded, *x.args[1:])
-    x.meta.pop("val", None)
-    if isinstance(known_value(unfolded), torch.Tensor):
-        x.meta["val"] = known_value(unfolded)
+    _as_recorded(x, unfolded)
     return x
 
 

@@ -22,11 +22,14 @@ class Rows:
         whole_batch: one step for all samples.
         tokens: a step for each row of the last dimension.
         channel_dim: dimension along which the shift differs, or None.
+        counts: whether the step depends on how often values occur: a sample's standard deviation
+            divides by n - 1, so that four copies of a tensor have another one.
     """
 
     whole_batch: bool
     tokens: bool
     channel_dim: int | None
+    counts: bool
 
     def grouped(self, x: Tensor) -> Tensor:
         """`x` with its groups along dimension 0."""
@@ -53,10 +56,10 @@ def rows_of(graph_module: GraphModule, node: Node) -> Rows | None:
     if node.target is qmir.rfa_fake_quant.default:
         return None
     if node.target is qmir.dls_fake_quant.default:
-        return Rows(bool(arguments(node)[5]), False, None)
+        return Rows(bool(arguments(node)[5]), False, None, True)
     module: Any = module_of(graph_module, node)
     if module.quantizes_weights:
         return None
     whole = not module.dynamic or bool(getattr(module, "per_tensor", False))
     channel_dim = getattr(module, "channel_dim", None)
-    return Rows(whole, bool(getattr(module, "tokens", False)), channel_dim)
+    return Rows(whole, bool(getattr(module, "tokens", False)), channel_dim, bool(module.dynamic))
