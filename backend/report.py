@@ -20,8 +20,8 @@ KINDS: dict[Any, str] = {
 }
 _PLUMBING = (
     "getitem getattr size sym_size reshape view permute transpose flip stack cat split chunk "
-    "split_with_sizes unbind select slice squeeze unsqueeze expand contiguous flatten unflatten clone "
-    "pixel_shuffle check_input dls_qparams dls_quantize dls_dequantize rfa_dequantize "
+    "split_with_sizes unbind select slice squeeze unsqueeze expand contiguous flatten unflatten "
+    "clone pixel_shuffle check_input dls_qparams dls_quantize dls_dequantize rfa_dequantize "
     "rfa_quantize pack linear conv2d selective_scan_q ss2d_scan_q full ones zeros new_ones "
     "ones_like zeros_like lift_fresh_copy floordiv alias detach _assert_tensor_metadata to t roll "
     "index_select gather scatter pixel_unshuffle"

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from qmir_ao.capture.recurrence import call_name
 from qmir_ao.ops._directions import DIRECTIONS, merge, to_images, to_sequences
 from qmir_ao.ops.ss2d_scan import ss2d_scan_ref
-from qmir_ao.passes.base import writes_near
+from qmir_ao.passes.base import remove_unread, writes_near
 from qmir_ao.passes.evaluate import Evaluator, NoValue, in_float64, known_value
 from qmir_ao.passes.quantizers import quantizer_of, rows_of
 from qmir_ao.quant.patterns import arguments, is_constant
@@ -128,6 +128,8 @@ def _hoistable(graph_module: GraphModule, node: Node) -> bool:
 def find_cross_scans(graph_module: GraphModule) -> Iterator[Match]:
     """Proven matches, one after the other; the graph may be rewritten between them."""
     done: set[Node] = set()
+    if any(n.target in SCANS for n in graph_module.graph.nodes):
+        remove_unread(graph_module)  # sizes that a trace unpacked are no readers
     scans = [n for n in graph_module.graph.nodes if n.target in SCANS]
     readings = [r for scan in scans for r in _readings(graph_module, scan)]
     for wanted in _sets_of_directions(readings):
@@ -298,9 +300,7 @@ def _orders(
 def _chain(graph_module: GraphModule, node: Node, image: Node) -> tuple[Node, ...] | None:
     """Quantizers and conversions on all ways from the image to `node`; None where ways differ."""
     way = between(node, image)
-    special = [
-        n for n in way if call_name(n) in CASTS or quantizer_of(graph_module, n) is not None
-    ]
+    special = [n for n in way if call_name(n) in CASTS or quantizer_of(graph_module, n) is not None]
     for one in special:
         if node is not one and image in between(node, image, without=one):
             return None
@@ -490,7 +490,8 @@ def _summed_as(
             return None
         want = merge(to_images(drawn, height, width))
         layouts = {
-            k for k in layouts
+            k
+            for k in layouts
             if RESULTS[k](want).shape == value.shape and torch.equal(RESULTS[k](want), value.long())
         }
     return min(layouts, default=None, key=list(RESULTS).index)

@@ -89,7 +89,11 @@ def _no_conversion(node: Node, source: Node) -> Node | None:
         return None
     after, before = values
     copies = node.kwargs.get("memory_format") not in (None, torch.preserve_format)
-    return source if (after.dtype, after.device) == (before.dtype, before.device) and not copies else None
+    return (
+        source
+        if (after.dtype, after.device) == (before.dtype, before.device) and not copies
+        else None
+    )
 
 
 def _same_sizes(node: Node, source: Node) -> Node | None:

@@ -160,7 +160,9 @@ class Evaluator:
                 for parameter in module.parameters():
                     parameter.copy_(self.random(parameter.shape))
             self._parameters[path] = module
-        filled: Any = [torch.fx.node.map_arg(a, lambda n: known[n]) for a in (node.args, node.kwargs)]
+        filled: Any = [
+            torch.fx.node.map_arg(a, lambda n: known[n]) for a in (node.args, node.kwargs)
+        ]
         with torch.no_grad():
             return self._parameters[path](*filled[0], **filled[1])
 
@@ -175,7 +177,7 @@ def in_float64(value: Any) -> Any:
 
 
 def _stand_in(rows: Any, x: Tensor) -> Tensor:
-    """For a quantizer: `x` scaled by a statistic of its group, moved by the number of its channel."""
+    """For a quantizer: `x` scaled by a statistic of its group, moved by its channel's number."""
     if rows is None:
         return x
     grouped = rows.grouped(x)

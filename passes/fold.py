@@ -62,9 +62,7 @@ class FoldConstants(Pass):
         return changed
 
 
-def _to_fold(
-    graph_module: GraphModule, node: Node, known: dict[Node, bool]
-) -> torch.Tensor | None:
+def _to_fold(graph_module: GraphModule, node: Node, known: dict[Node, bool]) -> torch.Tensor | None:
     """Value of the last node of a constant subgraph, if it is a tensor."""
     if node.op == "get_attr" or not node.users or not _foldable(node, known):
         return None

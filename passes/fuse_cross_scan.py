@@ -11,7 +11,7 @@ from qmir_ao.capture.recurrence import call_name
 from qmir_ao.capture.unroll import emit
 from qmir_ao.ops._directions import DIRECTIONS
 from qmir_ao.passes.base import Pass, remove_unread
-from qmir_ao.passes.cross_scan import CASTS, SCANS, Copies, Match, asks_size, find_cross_scans
+from qmir_ao.passes.cross_scan import CASTS, Copies, Match, asks_size, find_cross_scans
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.passes.normalize import CONV_DEFAULTS, CONV_NAMES, named_arguments
 from qmir_ao.passes.quantizers import quantizer_of, rows_of
@@ -55,8 +55,6 @@ class FuseCrossScan(Pass):
     def rewrite(self, graph_module: GraphModule) -> int:
         """Fuse every proven cross scan; anything else stays as it is."""
         changed = 0
-        if any(n.target in SCANS for n in graph_module.graph.nodes):
-            remove_unread(graph_module)  # sizes that a trace unpacked are no readers
         for match in find_cross_scans(graph_module):
             _fuse(graph_module, match)
             remove_unread(graph_module)
@@ -81,9 +79,7 @@ def _fuse(graph_module: GraphModule, match: Match) -> None:
             node.replace_input_with(held.node, rows[held.node])
     for held in match.copies:
         # Also a size that is read off the copies must not keep them.
-        held.node.replace_all_uses_with(
-            rows[held.node], delete_user_cb=asks_size
-        )
+        held.node.replace_all_uses_with(rows[held.node], delete_user_cb=asks_size)
     with graph.inserting_before(match.scans[-1]):
         operands = [_operands(graph_module, s, (height, width)) for s in match.scans]
         joined = [_joined(graph, p, i) for i, p in enumerate(zip(*operands, strict=True), 1)]
@@ -196,10 +192,7 @@ def _with_one_more_dimension(graph_module: GraphModule, node: Node, weight: Node
     source = quantizer_of(graph_module, weight)
     if source is None:
         return _call(graph, aten.unsqueeze.default, node, weight, -1)
-    if len(weight.users) > 1:
-        new = graph.node_copy(weight)
-    else:
-        new = weight
+    new = graph.node_copy(weight) if len(weight.users) > 1 else weight
     with graph.inserting_before(new):
         enlarged = _call(graph, aten.unsqueeze.default, node, source, -1)
     new.args = (enlarged, *weight.args[1:])

@@ -43,7 +43,9 @@ class PassRecord:
         counts = ", ".join(f"{name} {n:+d}" for name, n in self.operators.items())
         lines = [f"{self.name}: {self.changed} places" + (f" ({counts})" if counts else "")]
         for path, count in self.modules.items():
-            lines.append(f"    in {path or 'the network itself'}" + (f" x{count}" if count > 1 else ""))
+            lines.append(
+                f"    in {path or 'the network itself'}" + (f" x{count}" if count > 1 else "")
+            )
         return "\n".join(lines)
 
 

@@ -67,7 +67,8 @@ def _shareable(node: Node) -> bool:
 def _key(node: Node, keys: dict[Node, Any]) -> Any:
     """What decides the value of a node: operator and operands."""
     operands = torch.fx.node.map_arg(
-        (node.args, node.kwargs), lambda n: _Operand(keys.get(n, n))  # type: ignore[arg-type, return-value]
+        (node.args, node.kwargs),
+        lambda n: _Operand(keys.get(n, n)),  # type: ignore[arg-type, return-value]
     )
     return node.op, node.target, repr(operands)
 

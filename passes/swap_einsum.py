@@ -26,7 +26,8 @@ class SwapEinsum(Pass):
     the products of a result are added in the order that the convolution chooses.
 
         before: y = einsum("bkdl,kcd->bkcl", x, w)
-        after:  y = unflatten(conv1d(flatten(x, 1, 2), reshape(w, [K*C, D, 1]), groups=K), 1, [K, C])
+        after:  y = conv1d(flatten(x, 1, 2), reshape(w, [K*C, D, 1]), groups=K)
+                y = unflatten(y, 1, [K, C])
     """
 
     def rewrite(self, graph_module: GraphModule) -> int:
@@ -53,8 +54,9 @@ def _operands(node: Node) -> tuple[Node, Node] | None:
     x, weight = given
     if letters is None or not is_constant(weight):
         return None
-    b, k, d, l, wk, c, wd, *result = letters.groups()
-    fits = wk == k and wd == d and result == [b, k, c, l] and len({b, k, d, l, c}) == 5
+    batch, group, channel, place, of, out, summed, *result = letters.groups()
+    fits = (of, summed) == (group, channel) and result == [batch, group, out, place]
+    fits = fits and len({batch, group, channel, place, out}) == 5
     return (x, weight) if fits else None
 
 

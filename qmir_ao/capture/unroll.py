@@ -21,11 +21,13 @@ def emit(
 ) -> Node:
     """Add a call at the insertion point, with its shape and the origin of `like`."""
     node = graph.call_function(target, args, kwargs)
-    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "example_value")}
     known: list[Any] = []
+    # torch.export and torch.compile name what they record differently.
+    key = "example_value" if "example_value" in like.meta else "val"
 
     def value(n: Node) -> Any:
-        known.append(n.meta.get("val"))
+        known.append(n.meta.get(key))
         return known[-1]
 
     given: Any = torch.fx.node.map_arg((args, kwargs or {}), value)
@@ -33,7 +35,7 @@ def emit(
     # The call of a quantizer has no recorded value, and what reads it gets none either.
     if mode is not None and all(v is not None for v in known):
         with mode:
-            node.meta["val"] = target(*given[0], **given[1])
+            node.meta[key] = target(*given[0], **given[1])
     return node
 
 

@@ -29,8 +29,12 @@ class Block(nn.Module):
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, channels, bias=False)
 
+    def cast(self, x: Tensor) -> Tensor:
+        """To float32, as published; tests that compute in float64 replace it."""
+        return x.float()
+
     def decay(self) -> Tensor:
-        return -torch.exp(self.A_logs.float()).view(-1, self.states)
+        return -torch.exp(self.cast(self.A_logs)).view(-1, self.states)
 
     def core(self, x: Tensor) -> Tensor:
         """Sum of the directions of x (B, D, H, W), as (B, D, L)."""
@@ -52,7 +56,7 @@ class Published(Block):
         return y1 + y2 + y3 + y4
 
     def forward_core(self, x: Tensor) -> tuple[Tensor, ...]:
-        B, C, H, W = x.shape
+        B, _, H, W = x.shape
         L = H * W
         K = 4
         x_hwwh = torch.stack(
@@ -66,12 +70,12 @@ class Published(Block):
         x_dbl = torch.einsum("b k d l, k c d -> b k c l", xs.view(B, K, -1, L), self.x_proj_weight)
         dts, Bs, Cs = torch.split(x_dbl, [self.rank, self.states, self.states], dim=2)
         dts = torch.einsum("b k r l, k d r -> b k d l", dts.view(B, K, -1, L), self.dt_projs_weight)
-        xs = xs.float().view(B, -1, L)
-        dts = dts.contiguous().float().view(B, -1, L)
-        Bs = Bs.float().view(B, K, -1, L)
-        Cs = Cs.float().view(B, K, -1, L)
-        Ds = self.Ds.float().view(-1)
-        bias = self.dt_projs_bias.float().view(-1)
+        xs = self.cast(xs).view(B, -1, L)
+        dts = self.cast(dts.contiguous()).view(B, -1, L)
+        Bs = self.cast(Bs).view(B, K, -1, L)
+        Cs = self.cast(Cs).view(B, K, -1, L)
+        Ds = self.cast(self.Ds).view(-1)
+        bias = self.cast(self.dt_projs_bias).view(-1)
         out_y = scan(xs, dts, self.decay(), Bs, Cs, Ds, bias, True).view(B, K, -1, L)
         inv_y = torch.flip(out_y[:, 2:4], dims=[-1]).view(B, 2, -1, L)
         wh_y = torch.transpose(out_y[:, 1].view(B, -1, W, H), dim0=2, dim1=3)
@@ -131,7 +135,7 @@ class FourScans(Grouped):
     """A scan of its own for each direction, of its own projections, in another order."""
 
     def core(self, x: Tensor) -> Tensor:
-        b, d, h, w = x.shape
+        b, _, h, w = x.shape
         rows, columns = x.flatten(2), x.transpose(2, 3).flatten(2)
         total = 0
         for k, xs in ((2, rows.flip(-1)), (1, columns), (0, rows), (3, columns.flip(-1))):
