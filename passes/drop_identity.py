@@ -113,7 +113,7 @@ def _same_sizes(node: Node, source: Node) -> Node | None:
 
 
 def _inner(node: Node) -> Node:
-    found: Any = node.args[0]
+    found: Node = arguments(node)[0]
     return found
 
 
@@ -178,7 +178,7 @@ def _flipped_back(node: Node, source: Node) -> Node | None:
 
 
 def _dims(node: Node) -> set[Any]:
-    given = node.kwargs.get("dims", arguments(node)[1:])
+    given: Any = node.kwargs.get("dims", arguments(node)[1:])
     flat = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
     return set(flat)
 
@@ -214,7 +214,7 @@ def _put_together(node: Node) -> Node | None:
     """The tensor whose pieces, all of them in their order, are concatenated."""
     args = arguments(node)
     parts: Any = args[0] if args else node.kwargs.get("tensors")
-    dim = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    dim: Any = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
     if not isinstance(parts, list | tuple) or not parts:
         return None
     if len(parts) == 1:
@@ -241,7 +241,7 @@ def _split(node: Node) -> tuple[int | None, int]:
     """Number of pieces where it is certain, and the dimension."""
     args = arguments(node)
     sizes = args[1] if len(args) > 1 else next(iter(node.kwargs.values()), None)
-    dim = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    dim: Any = node.kwargs.get("dim", args[2] if len(args) > 2 else 0)
     if isinstance(sizes, list | tuple):
         return len(sizes), dim
     value = known_value(node)

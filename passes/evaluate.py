@@ -90,7 +90,8 @@ class Evaluator:
             return value
         expression = value.node.expr
         if expression in self._sizes:
-            return self._sizes[expression]
+            chosen: int = self._sizes[expression]
+            return chosen
         found = expression.subs(self._sizes)
         return int(found) if found.is_Integer else None
 
@@ -180,11 +181,11 @@ def _stand_in(rows: Any, x: Tensor) -> Tensor:
     """For a quantizer: `x` scaled by a statistic of its group, moved by its channel's number."""
     if rows is None:
         return x
-    grouped = rows.grouped(x)
+    grouped: Tensor = rows.grouped(x)
     dims = list(range(0 if rows.whole_batch else 1, grouped.dim()))
     # With n - 1, as the quantizer has it: copies of a tensor are not the tensor.
     scale = 1.0 + 0.1 * grouped.var(dims, correction=1, keepdim=True) if rows.counts else 1.1
-    scaled = (grouped * scale).reshape(x.shape)
+    scaled: Tensor = (grouped * scale).reshape(x.shape)
     if rows.channel_dim is None:
         return scaled
     shape = [1] * x.dim()

@@ -11,8 +11,11 @@ from qmir_ao.capture.recurrence import call_name
 from qmir_ao.capture.unroll import emit
 from qmir_ao.ops._directions import DIRECTIONS
 from qmir_ao.passes.base import Pass, remove_unread
-from qmir_ao.passes.cross_scan import CASTS, Copies, Match, asks_size, find_cross_scans
+from qmir_ao.passes.cross_scan import find_cross_scans
+from qmir_ao.passes.cross_scan_proof import Match
 from qmir_ao.passes.evaluate import known_value
+from qmir_ao.passes.image_reads import Copies
+from qmir_ao.passes.moves import CASTS, asks_size
 from qmir_ao.passes.normalize import CONV_DEFAULTS, CONV_NAMES, named_arguments
 from qmir_ao.passes.quantizers import quantizer_of, rows_of
 from qmir_ao.quant.patterns import CONV_1D, arguments

@@ -18,11 +18,11 @@ import qmir_ao.ops.ss2d_scan_q  # noqa: F401  (define the operators named below)
 from qmir_ao.capture.recurrence import call_name
 from qmir_ao.errors import PassOrderError
 from qmir_ao.passes.base import writes
-from qmir_ao.passes.cross_scan import MOVES
 from qmir_ao.passes.dedupe_constants import repeated_constants
 from qmir_ao.passes.drop_identity import identities
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.passes.fold import unfolded
+from qmir_ao.passes.moves import MOVES
 from qmir_ao.passes.share_quantize import repeated_quantizers
 from qmir_ao.quant.constants import attribute
 from qmir_ao.quant.patterns import arguments, module_of
@@ -163,8 +163,8 @@ def _everything_is_read(graph_module: GraphModule) -> Iterator[str]:
 
 Check = Callable[[GraphModule], Iterator[str]]
 ALWAYS: dict[str, Check] = {
-    "nodes_in_order": _nodes_in_order,
     "attributes_are_tensors": _attributes_are_tensors,
+    "nodes_in_order": _nodes_in_order,
     "integers_get_codes": _integers_get_codes,
 }
 """What holds after every pass."""

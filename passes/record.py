@@ -86,8 +86,8 @@ def make_record(name: str, changed: int, before: Snapshot, after: Snapshot) -> P
     counts = Counter(called for called, _, _ in after.values())
     counts.subtract(called for called, _, _ in before.values())
     operators = {k: n for k, n in sorted(counts.items()) if n}
-    touched = {n: v for n, v in before.items() if after.get(n) != v}
-    touched |= {n: v for n, v in after.items() if n not in before}
+    touched = {n: v for n, v in before.items() if n not in after}
+    touched |= {n: v for n, v in after.items() if before.get(n) != v}
     told = {path for called, path, _ in touched.values() if called not in _UNTOLD}
     # A quantizer of activations belongs to no module of the network.
     paths = {path for path in told if path} or told

@@ -8,8 +8,8 @@ from torch.fx import GraphModule, Node
 
 from qmir_ao.capture.recurrence import call_name
 from qmir_ao.passes.base import Pass, writes_near
-from qmir_ao.passes.cross_scan import MOVES
 from qmir_ao.passes.dedupe_constants import constant_key
+from qmir_ao.passes.moves import MOVES
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
 _QUANTIZATION = (

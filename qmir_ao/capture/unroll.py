@@ -23,11 +23,9 @@ def emit(
     node = graph.call_function(target, args, kwargs)
     node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "example_value")}
     known: list[Any] = []
-    # torch.export and torch.compile name what they record differently.
-    key = "example_value" if "example_value" in like.meta else "val"
 
     def value(n: Node) -> Any:
-        known.append(n.meta.get(key))
+        known.append(n.meta.get("val"))
         return known[-1]
 
     given: Any = torch.fx.node.map_arg((args, kwargs or {}), value)
@@ -35,7 +33,7 @@ def emit(
     # The call of a quantizer has no recorded value, and what reads it gets none either.
     if mode is not None and all(v is not None for v in known):
         with mode:
-            node.meta[key] = target(*given[0], **given[1])
+            node.meta["val"] = target(*given[0], **given[1])
     return node
 
 

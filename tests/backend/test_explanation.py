@@ -117,9 +117,15 @@ def test_other_objects_are_refused(other: Any) -> None:
         qmir_ao.explain(other)
 
 
-def test_compiling_tells_passes_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_compiling_tells_passes_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import compile_fx
+
     from qmir_ao.backend.dynamo import qmir
 
+    # What Inductor makes of the graph takes minutes, and is not the point.
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph_module, _: graph_module.forward)
     net = ConvNet().eval()
     torch._dynamo.reset()
     with caplog.at_level("INFO", logger="qmir_ao.backend.dynamo"), torch.no_grad():

@@ -6,6 +6,7 @@ from support.graphs import calls, captured, run
 from support.models import CAPTURES
 from support.tolerances import KERNEL_VS_REFERENCE, SCAN_FLOOR
 from torch import Tensor, nn
+from torch.ao.quantization import QConfigMapping
 
 import qmir_ao
 from qmir_ao.passes.swap_einsum import SwapEinsum
@@ -105,7 +106,8 @@ def test_another_group_count_is_noticed() -> None:
 def test_the_weight_is_quantized(capture: str) -> None:
     net = nn.Sequential(CASES["published"])
     inputs = (torch.rand(2, 4, 5, 6),) if capture == "export" else None
-    prepared = qmir_ao.prepare_qat(net, qmir_ao.qmir_qconfig, inputs)
+    mapping = QConfigMapping().set_module_name("0", qmir_ao.qmir_qconfig)
+    prepared = qmir_ao.prepare_qat(net, mapping, inputs)
     prepared(torch.rand(2, 4, 5, 6))
     report = qmir_ao.convert_and_lower(prepared.eval()).report
     assert [(r.kind, r.weight_bits, r.module) for r in report.operators] == [("conv2d", 4, "0")]
