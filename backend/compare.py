@@ -27,8 +27,9 @@ _BEFORE_QUANTIZE = (
     aten.add.Tensor,
     aten.mul.Tensor,
     aten.flatten.using_ints,
+    aten.contiguous.default,
 )
-"""What a quantizer may do to its input in float before it makes codes."""
+"""What may be done to a quantizer's input in float before it makes codes."""
 
 
 BOUNDARY_STEPS = 1e-5

@@ -10,6 +10,7 @@ from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.fold import FoldConstants, FoldWeights
 from qmir_ao.passes.fuse_cross_scan import FuseCrossScan
 from qmir_ao.passes.invariants import INVARIANTS, check_invariants
+from qmir_ao.passes.lay_out_once import LayOutOnce
 from qmir_ao.passes.lower import DecomposeFakeQuantize, LowerConv, LowerLinear, LowerScan
 from qmir_ao.passes.normalize import InlineModules, NormalizeOperators
 from qmir_ao.passes.record import PassRecord, make_record, snapshot
@@ -44,6 +45,8 @@ CPU: tuple[Pass, ...] = (
     DropIdentity(),
     # After DropIdentity: a tensor and the same tensor turned twice are one tensor then.
     ShareQuantize(),
+    # After the passes that look for quantizers: a copy stands before them then.
+    LayOutOnce(),
     # Last: lowering makes constants of its own (biases without channel shifts).
     DedupeConstants(),
 )
