@@ -31,20 +31,44 @@ FLOAT_OPERATORS = {
 }
 
 
+sizes = pytest.mark.parametrize("size", [(1, 3, 19, 23), (3, 3, 11, 14)], ids=str)
+
+
 @pairs
-def test_operators_agree_on_equal_inputs(capture: str, bits: int) -> None:
+@sizes
+def test_operators_agree_on_equal_inputs(capture: str, bits: int, size: tuple[int, ...]) -> None:
     prepared, lowered = tiny_pair(capture, bits)
-    check_operators(prepared, lowered, torch.rand(2, 3, 19, 23))
+    check_operators(prepared, lowered, torch.rand(size))
+
+
+@sizes
+@pytest.mark.parametrize(
+    ("capture", "widths"), [("export", (4, 8)), ("trace", (8, 2)), ("trace", (2, 4))]
+)
+def test_weights_and_activations_of_other_bits_agree(
+    capture: str, widths: tuple[int, int], size: tuple[int, ...]
+) -> None:
+    prepared, lowered = tiny_pair(capture, widths)
+    found = {(r.weight_bits, r.act_bits) for r in lowered.report.operators}
+    assert found == {widths, (None, widths[1])}
+    x = torch.rand(size)
+    check_operators(prepared, lowered, x)
+    with torch.no_grad():
+        assert psnr(lowered(x), prepared(x)) >= END_TO_END_PSNR[min(widths)]
 
 
 @pytest.mark.slow
-def test_operators_of_the_light_network_agree() -> None:
-    prepared, lowered = tiny_pair("trace", 4, "mambair-light-x2")
-    check_operators(prepared, lowered, torch.rand(1, 3, 8, 8))
+@pytest.mark.parametrize("bits", [4, 2])
+def test_the_light_network_agrees(bits: int) -> None:
+    prepared, lowered = tiny_pair("trace", bits, "mambair-light-x2")
+    x = torch.rand(1, 3, 9, 7)
+    check_operators(prepared, lowered, x)
+    with torch.no_grad():
+        assert psnr(lowered(x), prepared(x)) >= END_TO_END_PSNR[bits]
 
 
 @pairs
-@pytest.mark.parametrize("size", [(1, 3, 19, 23), (3, 3, 11, 14)])
+@sizes
 def test_images_agree_end_to_end(capture: str, bits: int, size: tuple[int, ...]) -> None:
     prepared, lowered = tiny_pair(capture, bits)
     x = torch.rand(size)
