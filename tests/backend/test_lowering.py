@@ -1,6 +1,7 @@
 """From prepared to integers: operator by operator, end to end, and what is in memory."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 
 import qmir_ao
+from qmir_ao.backend.cpu import registration
 from qmir_ao.errors import ConfigError, UnsupportedGraph
 from qmir_ao.recipes.models import create_model
 
@@ -98,6 +100,22 @@ def test_runs_and_threads_change_no_byte(capture: str, bits: int) -> None:
     assert same_bytes(first, lowered(x))
     for count in (1, 2, 3):
         assert same_bytes(first, with_threads(count, lambda: lowered(x))), count
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_reference_operators_give_the_bytes_of_the_kernels(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered = tiny_pair("export", bits)[1]
+    qmir_ao.save(lowered, tmp_path / "net")
+    loaded, x = qmir_ao.load(tmp_path / "net"), torch.rand(2, 3, 9, 11)
+    want = lowered(x)
+    asked: list[None] = []
+    monkeypatch.setattr(registration, "library", lambda: asked.append(None))
+    for network in (lowered, loaded):
+        assert same_bytes(network(x), want)
+    # Every quantized operand and every operator of two images, twice.
+    assert len(asked) > 4 * len(lowered.report.operators)
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
