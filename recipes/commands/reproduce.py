@@ -70,7 +70,6 @@ def reproduce(
     with status("loading torch"):
         from qmir_ao.recipes.experiments.benches import Request, TestSet
         from qmir_ao.recipes.experiments.registry import COMPARISON, get_experiment
-        from qmir_ao.recipes.experiments.reproduce import reproduce as run
 
         get_experiment(experiment)
         request = Request(
@@ -85,9 +84,14 @@ def reproduce(
             float_iterations,
             skip_bad_images,
         )
-    if experiment == COMPARISON.key:
-        _compare(request, workers, as_json)
-        return
+    run = _compare if experiment == COMPARISON.key else _reproduce
+    run(request, workers, as_json)
+
+
+def _reproduce(request: Any, workers: int, as_json: bool) -> None:
+    """A table or figure of the paper."""
+    from qmir_ao.recipes.experiments.reproduce import reproduce as run
+
     document = run(request, workers, progress)
     if as_json:
         emit_json(document)
