@@ -1,5 +1,6 @@
 """What the weight quantizers share: a step for the tensor or for each output channel."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -68,9 +69,9 @@ class SteppedWeightFakeQuantize(QmirFakeQuantize):
         self.step.data = step.to(self.step).clone()
         self.mark_initialized()
 
+    @abstractmethod
     def _start(self, rows: Tensor) -> Tensor:
         """Steps to start from, one for each row of the weight: (groups,)."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Settings, for printing a model."""
