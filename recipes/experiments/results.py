@@ -175,7 +175,7 @@ def _input(
     for column, cell in zip(columns, of["cells"], strict=True):
         found = [_scores(record, column) or {} for record in records.get(column.sigma, [])]
         values = [s[key] for s in found if (key := f"baseline_{column.metric}") in s]
-        blank = {"paper": None, "paper_std": None, "doubts": []}
+        blank: dict[str, Any] = {"paper": None, "paper_std": None, "doubts": []}
         cells.append({**cell, **blank, **summary("", values), **summary("simulated_", [])})
     return {**of, "method": name, "bits": "", "status": "as given", "cells": cells}
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import qmir_ao
+from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.evaluate import evaluate
@@ -147,15 +149,7 @@ def execute(
         bench.model, dataset, options, qconfig, placement=placement, progress=progress
     )
     seconds = time.perf_counter() - begin
-    try:
-        lowered = qmir_ao.convert_and_lower(result.prepared, target="cpu")
-    except UnsupportedGraph as error:
-        lowered, form = None, {"not_lowered": str(error)}
-    else:
-        report = lowered.report
-        form = {key: getattr(report, key) for key in ("weight_bytes", "scale_bytes", "float_bytes")}
-        if keep is not None:
-            qmir_ao.save(lowered, keep)
+    lowered, form = _lower(result.prepared, keep)
     patches = torch.stack([dataset[i][0] for i in range(run.batch)])
     tail = result.losses[-max(1, run.iterations // 10) :]
     return {
@@ -168,10 +162,22 @@ def execute(
     }
 
 
+def _lower(prepared: GraphModule, keep: Path | None) -> tuple[LoweredModule | None, dict[str, Any]]:
+    """The integer network, saved where it is to be kept, and what a record says of it."""
+    try:
+        lowered = qmir_ao.convert_and_lower(prepared, target="cpu")
+    except UnsupportedGraph as error:
+        return None, {"not_lowered": str(error)}
+    if keep is not None:
+        qmir_ao.save(lowered, keep)
+    sizes = ("weight_bytes", "scale_bytes", "float_bytes")
+    return lowered, {key: getattr(lowered.report, key) for key in sizes}
+
+
 def _scores(bench: Bench, prepared: nn.Module, lowered: nn.Module | None) -> dict[str, Any]:
     scores, task = {}, bench.restoration
     for name, (folder, low) in bench.sets.items():
-        found = {}
+        found: dict[str, float] = {}
         for suffix, model in (("", prepared), ("_integer", lowered)):
             if model is not None:
                 with torch.inference_mode():
