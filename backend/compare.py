@@ -72,7 +72,9 @@ def compare_operators(
         Records with `name, module, kind`; `codes` (activation codes compared), `code_mismatches`,
         of those `boundary_mismatches` within `BOUNDARY_STEPS` of a rounding boundary; `acc_equal`
         (None for a scan, whose state is float); `max_error_steps` (largest output difference in
-        units of the accumulator's step); `sqnr_db` against the operator in float; `clip_rate`.
+        units of the accumulator's step); `max_error_roundings` (the same in units of 2^-24 of the
+        output's own sum of absolute terms, which is what float32 rounds; None for a scan);
+        `sqnr_db` against the operator in float; `clip_rate`.
 
     Raises:
         UnsupportedGraph: the two models do not belong together.
@@ -107,6 +109,12 @@ def compare_operators(
     return records
 
 
+def _of_groups(values: Tensor, x: Tensor) -> Tensor:
+    """Steps or shifts of all, of samples or of tokens, in the rank of the tensor; float64."""
+    per_group = values.numel() in (1, x.shape[0])
+    return values.double().reshape((-1, *[1] * (x.dim() - 1)) if per_group else (*x.shape[:-1], 1))
+
+
 class _Operator:
     """One integer operator, its prepared counterpart and the values that one saw."""
 
@@ -130,8 +138,10 @@ class _Operator:
         target: Any = self.node.target
         got = target(*operands)
         want = self.values[self.source].reshape(got.shape)
-        error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
+        difference = (got.double() - want.double()).abs()
+        error = difference.max().item() if got.numel() else 0.0
         unit = self._unit(operands)
+        is_scan = self.kind == "selective_scan"
         return {
             "name": self.node.name,
             "module": str(self.node.meta.get("qmir_module", "")),
@@ -139,8 +149,9 @@ class _Operator:
             "codes": self.codes,
             "code_mismatches": self.mismatches,
             "boundary_mismatches": self.boundary,
-            "acc_equal": None if self.kind == "selective_scan" else self._acc_equal(operands),
+            "acc_equal": None if is_scan else self._acc_equal(operands),
             "max_error_steps": error / unit if unit else 0.0,
+            "max_error_roundings": None if is_scan else self._roundings(operands, difference),
             "sqnr_db": self._sqnr(got),
             "clip_rate": self.clipped / max(self.codes, 1),
         }
@@ -203,9 +214,7 @@ class _Operator:
             if getattr(module, "channel_dim", None) is not None:
                 seen = seen + value(_offset_of(origin))
         codes: Tensor = qmir.dls_quantize(x, step, shift, low, high)
-        per_group = step.numel() in (1, x.shape[0])
-        wide = (-1, *([1] * (x.dim() - 1))) if per_group else (*x.shape[:-1], 1)
-        s, b = (t.double().reshape(wide) for t in (step, shift))
+        s, b = (_of_groups(t, x) for t in (step, shift))
         expected = torch.round((seen.double() + b) / s)
         t = (x.double() + b) / s
         differs = expected != codes.double()
@@ -235,21 +244,42 @@ class _Operator:
         step = float(operands[1].max()) if operands[1].numel() else 1.0
         return step if self.kind == "selective_scan" else step * float(operands[4].abs().max())
 
-    def _acc_equal(self, operands: tuple[Any, ...]) -> bool:
-        codes = operands[0].double()
-        weight = self.values[arguments(self.source)[1]]
+    def _weight_grid(self, operands: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of the weight that the prepared operator saw, and their step and shift."""
+        weight = self.values[arguments(self.source)[1]].double()
         step, shift = (a.double().reshape(-1, *[1] * (weight.dim() - 1)) for a in operands[4:6])
-        levels = torch.round((weight.double() + shift) / step)
+        return torch.round((weight + shift) / step), step, shift
+
+    def _products(self, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+        """The operator's sum of products on other operands, in float64."""
+        if self.kind == "linear":
+            return torch.nn.functional.linear(x, weight)
+        size, stride, padding, dilation, groups = operands[9:]
+        weight = weight.reshape(size)
+        return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    def _acc_equal(self, operands: tuple[Any, ...]) -> bool:
+        levels, _, _ = self._weight_grid(operands)
         if self.kind == "linear":
             got = qmir.linear_acc(operands[0], operands[3], *operands[7:9])
-            want = torch.nn.functional.linear(codes, levels)
         else:
             got = qmir.conv2d_acc(operands[0], operands[3], *operands[8:])
-            size, stride, padding, dilation, groups = operands[9:]
-            want = torch.nn.functional.conv2d(
-                codes, levels.reshape(size), None, stride, padding, dilation, groups
-            )
-        return bool((got.double() == want).all())
+        return bool((got.double() == self._products(operands, operands[0].double(), levels)).all())
+
+    def _roundings(self, operands: tuple[Any, ...], difference: Tensor) -> float:
+        """Largest difference in units of 2^-24 of all absolute terms that make up an output."""
+        x_step, x_shift = (_of_groups(a, operands[0]) for a in operands[1:3])
+        x = (x_step * operands[0]).abs() + x_shift.abs()
+        # Where channels are shifted as well, this is what the prepared operator multiplies.
+        x = torch.maximum(x, self.values[arguments(self.source)[0]].double().abs().reshape(x.shape))
+        levels, step, shift = self._weight_grid(operands)
+        terms = self._products(operands, x, (step * levels).abs() + shift.abs())
+        bias = operands[6]
+        if bias is not None:
+            per_output = (-1,) if self.kind == "linear" else (-1, 1, 1)
+            terms = terms + bias.double().abs().reshape(per_output)
+        share = torch.where(difference > 0, difference / (2.0**-24 * terms), 0.0)
+        return float(share.max()) if share.numel() else 0.0
 
     def _sqnr(self, got: Tensor) -> float:
         """Signal to quantization noise in dB, against the same operator on float operands."""

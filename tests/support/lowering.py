@@ -3,7 +3,7 @@
 import math
 
 import torch
-from support.tolerances import CODE_MISMATCH, SCAN_ERROR_STEPS, operator_error_steps
+from support.tolerances import CODE_MISMATCH, operator_roundings, scan_error_steps
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -39,10 +39,9 @@ def check_operators(prepared: GraphModule, lowered: LoweredModule, x: Tensor) ->
         assert 0.0 <= record["clip_rate"] <= 1.0
         assert record["sqnr_db"] > 0.0, name
         if kind == "selective_scan":
-            assert record["acc_equal"] is None
-            bound = SCAN_ERROR_STEPS
+            assert record["acc_equal"] is None and record["max_error_roundings"] is None
+            error, bound = record["max_error_steps"], scan_error_steps(by_name[name].act_bits)
         else:
             assert record["acc_equal"] is True, name
-            widths = by_name[name].act_bits, by_name[name].weight_bits
-            bound = operator_error_steps(taps(lowered, name), *widths)
-        assert record["max_error_steps"] <= bound, (name, record["max_error_steps"], bound)
+            error, bound = record["max_error_roundings"], operator_roundings(taps(lowered, name))
+        assert error <= bound, (name, error, bound)
