@@ -40,7 +40,7 @@ class ShareQuantize(Pass):
         for first, again in pairs:
             for old, new in zip(arguments(again)[1:3], arguments(first)[1:3], strict=True):
                 if isinstance(old, Node) and isinstance(new, Node) and old is not new:
-                    old.replace_all_uses_with(new, delete_user_cb=lambda n, a=again: n is not a)
+                    old.replace_all_uses_with(new)
             again.replace_all_uses_with(first)
             graph_module.graph.erase_node(again)
         if pairs:
