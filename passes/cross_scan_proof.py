@@ -99,8 +99,8 @@ def _fused(evaluator: Evaluator, match: Match, x: Tensor, given: dict[Node, Any]
     ]
     softplus = arguments(match.scans[0])[7]
     try:
-        operands: Any = (_hoisted(evaluator, match.chain, x), *joined, softplus)
-        y = ss2d_scan_ref(*operands)
+        given_to_scan: Any = (_hoisted(evaluator, match.chain, x), *joined, softplus)
+        y = ss2d_scan_ref(*given_to_scan)
     except RuntimeError as error:
         raise NoValue(str(error)) from error
     return RESULTS[match.out_layout](y)

@@ -88,10 +88,12 @@ def run_passes(graph_module: GraphModule, passes: tuple[Pass, ...]) -> list[Pass
         changed = one.rewrite(graph_module)
         if changed:
             remove_unread(graph_module)
-            graph_module.recompile()
         ensured = {k: None for k in (*ensured, *one.ensures) if k not in one.breaks}
         check_invariants(graph_module, one.name, ensured)
         after = snapshot(graph_module) if changed else before
         records.append(make_record(one.name, changed, before, after))
         before = after
+    if any(record.changed for record in records):
+        # Once: passes read nodes, and code for thousands of them takes longer than most passes.
+        graph_module.recompile()
     return records

@@ -7,29 +7,25 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qmir_ao.capture.recurrence import call_name
-from qmir_ao.passes.base import Pass, writes_near
+from qmir_ao.passes.base import Pass, remove_unread, writes_near
 from qmir_ao.passes.dedupe_constants import constant_key
 from qmir_ao.passes.moves import MOVES
+from qmir_ao.quant.patterns import arguments
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
-_QUANTIZATION = (
-    qmir.dls_qparams.default,
-    qmir.dls_quantize.default,
-    qmir.dls_dequantize.default,
-    operator.getitem,
-)
+_INSIDE = (qmir.dls_qparams.default, qmir.dls_quantize.default, operator.getitem)
 
 
 class ShareQuantize(Pass):
     """Let consumers of one tensor share its codes where their quantizers have equal parameters.
 
-    Two calls of a pure operator with equal operands give equal values, so the later one reads the
-    result of the earlier one. That holds for step and shift, codes, dequantized values, and for
-    what a quantizer does to its input (channel shift, flattening) and data movement before it.
-    Constants are equal if type, shape and bytes are. Exact.
+    Two quantizers make the same codes where all they do is the same: data movement before them,
+    channel shift, statistics, step, shift and range, with constants equal in type, shape and bytes.
+    The later one's readers then read the codes, step and shift of the earlier one. Quantizers that
+    differ in anything stay as they are, with what they do to their input. Exact.
 
         before: q1 = dls_quantize(x, s1, b1, -8, 7); q2 = dls_quantize(x, s2, b2, -8, 7)
-        after:  q1 serves both, where (s1, b1) and (s2, b2) come from equal parameters
+        after:  q1, s1 and b1 serve both, where (s1, b1) and (s2, b2) come from equal parameters
     """
 
     requires = ("ConvertQuantizers",)
@@ -37,63 +33,68 @@ class ShareQuantize(Pass):
     breaks = ("no_identity_is_left",)
 
     def rewrite(self, graph_module: GraphModule) -> int:
-        """Merge equal nodes, those of earlier merges included; counts quantizers that went."""
-        first: dict[Any, Node] = {}
-        keys: dict[Node, Any] = {}
-        changed = 0
+        """Merge equal quantizers; counts those that went."""
         if writes_near(list(graph_module.graph.nodes)):
             return 0  # two reads of a tensor that is written to may differ
-        for node in list(graph_module.graph.nodes):
-            if node.op == "get_attr":
-                keys[node] = constant_key(graph_module, node)
-            if not _shareable(node):
-                continue
-            key = _key(node, keys)
-            kept = first.setdefault(key, node)
+        pairs = _equal_pairs(graph_module)
+        for first, again in pairs:
+            for old, new in zip(arguments(again)[1:3], arguments(first)[1:3], strict=True):
+                if isinstance(old, Node) and isinstance(new, Node) and old is not new:
+                    old.replace_all_uses_with(new)
+            again.replace_all_uses_with(first)
+            graph_module.graph.erase_node(again)
+        if pairs:
+            remove_unread(graph_module)
+        return len(pairs)
+
+
+def _equal_pairs(graph_module: GraphModule) -> list[tuple[Node, Node]]:
+    """Each quantize operator whose codes an earlier one makes, with the earlier one before it."""
+    keys: dict[Node, Any] = {}
+    numbers: dict[Any, int] = {}
+    first: dict[Any, Node] = {}
+    pairs = []
+    for node in graph_module.graph.nodes:
+        key: Any = node
+        if node.op == "get_attr":
+            key = constant_key(graph_module, node)
+        elif _belongs_to_quantizer(node):
+            key = _structure(node, keys)
+        # Keys of keys would grow with the depth of the graph: equal ones share a number.
+        keys[node] = numbers.setdefault(key, len(numbers))
+        if node.target is qmir.dls_quantize.default:
+            kept = first.setdefault(keys[node], node)
             if kept is not node:
-                node.replace_all_uses_with(kept)
-                changed += node.target is qmir.dls_quantize.default
-                graph_module.graph.erase_node(node)
-        return changed
+                pairs.append((kept, node))
+    return pairs
 
 
-def _shareable(node: Node) -> bool:
+def _belongs_to_quantizer(node: Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     prepares = node.target is aten.add.Tensor and "qmir_source" in node.meta
-    return node.target in _QUANTIZATION or call_name(node) in MOVES or prepares
+    return node.target in _INSIDE or call_name(node) in MOVES or prepares
 
 
-def _key(node: Node, keys: dict[Node, Any]) -> Any:
-    """What decides the value of a node: operator and operands."""
-    operands = torch.fx.node.map_arg(
+def _structure(node: Node, keys: dict[Node, Any]) -> Any:
+    """Operator and operands, a node among them by its key."""
+    operands: Any = torch.fx.node.map_arg(
         (node.args, node.kwargs),
-        lambda n: _Operand(keys.get(n, n)),  # type: ignore[arg-type, return-value]
+        lambda n: _Operand(keys[n]),  # type: ignore[arg-type, return-value]
     )
     return node.op, node.target, repr(operands)
 
 
 class _Operand:
-    """An operand in a key: a node by its name, a constant by its contents."""
-
-    def __init__(self, identity: Any) -> None:
-        self.identity = identity
+    def __init__(self, key: Any) -> None:
+        self.key = key
 
     def __repr__(self) -> str:
-        return f"<{self.identity}>"
+        return f"<{self.key}>"
 
 
 def repeated_quantizers(graph_module: GraphModule) -> list[Node]:
     """Quantize operators whose codes an earlier one makes already."""
-    keys = {
-        n: constant_key(graph_module, n) for n in graph_module.graph.nodes if n.op == "get_attr"
-    }
-    seen: set[Any] = set()
-    found = []
-    for node in graph_module.graph.nodes:
-        if node.target is qmir.dls_quantize.default:
-            key = _key(node, keys)
-            if key in seen:
-                found.append(node)
-            seen.add(key)
-    return found
+    if writes_near(list(graph_module.graph.nodes)):
+        return []
+    return [again for _, again in _equal_pairs(graph_module)]
