@@ -28,6 +28,7 @@ _BEFORE_QUANTIZE = (
     aten.mul.Tensor,
     aten.flatten.using_ints,
     aten.contiguous.default,
+    aten.unsqueeze.default,
 )
 """What may be done to a quantizer's input in float before it makes codes."""
 
@@ -74,6 +75,7 @@ def compare_operators(
         (None for a scan, whose state is float); `max_error_steps` (largest output difference in
         units of the accumulator's step); `max_error_roundings` (the same in units of 2^-24 of the
         output's own sum of absolute terms, which is what float32 rounds; None for a scan);
+        `largest_state` (what a scan gives of absolute values, in steps of u; None for others);
         `sqnr_db` against the operator in float; `clip_rate`.
 
     Raises:
@@ -152,6 +154,7 @@ class _Operator:
             "acc_equal": None if is_scan else self._acc_equal(operands),
             "max_error_steps": error / unit if unit else 0.0,
             "max_error_roundings": None if is_scan else self._roundings(operands, difference),
+            "largest_state": self._largest_state() / unit if is_scan and unit else None,
             "sqnr_db": self._sqnr(got),
             "clip_rate": self.clipped / max(self.codes, 1),
         }
@@ -243,6 +246,15 @@ class _Operator:
         """Value of one accumulator unit: activation step times the largest weight step."""
         step = float(operands[1].max()) if operands[1].numel() else 1.0
         return step if self.kind == "selective_scan" else step * float(operands[4].abs().max())
+
+    def _largest_state(self) -> float:
+        """Largest result of the scan of absolute values."""
+        args: Any = torch.fx.node.map_arg(arguments(self.source), lambda n: self.values[n])
+        u, delta, A, B, C, D, *rest = args
+        target: Any = self.source.target
+        D = None if D is None else D.abs()
+        largest: Tensor = target(u.abs(), delta, A, B.abs(), C.abs(), D, *rest).abs()
+        return float(largest.max()) if largest.numel() else 0.0
 
     def _weight_grid(self, operands: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the weight that the prepared operator saw, and their step and shift."""

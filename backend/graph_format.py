@@ -60,6 +60,8 @@ def _encode(value: Any, holes: list[Node]) -> Any:
         return {"$tuple": [_encode(v, holes) for v in value]}
     if isinstance(value, list | immutable_list):
         return [_encode(v, holes) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {"$dict": [[k, _encode(v, holes)] for k, v in value.items()]}
     if isinstance(value, slice):
         return {"$slice": [_encode(v, holes) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
@@ -83,6 +85,8 @@ def _decode(value: Any, holes: Sequence[Node]) -> Any:
         return _at(holes, body)
     if tag == "$tuple":
         return tuple(_decode(v, holes) for v in body)
+    if tag == "$dict":
+        return {_text(k): _decode(v, holes) for k, v in body}
     if tag == "$slice":
         return slice(*(_decode(v, holes) for v in body))
     if tag == "$dtype":
@@ -99,6 +103,12 @@ def _at(entries: Sequence[Any], index: Any) -> Any:
     if type(index) is not int or not 0 <= index < len(entries):
         raise ValueError(f"no entry {index!r} in a table of {len(entries)}")
     return entries[index]
+
+
+def _text(key: Any) -> str:
+    if not isinstance(key, str):
+        raise TargetNameError(f"key {key!r}")
+    return key
 
 
 def identifier(name: Any) -> str:
@@ -156,10 +166,11 @@ def tensor_names(graph: Graph) -> list[str]:
 
 
 def _not_saved(node: Node, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"node {node.name} cannot be saved: {error}. Capture with example_inputs, so that it "
-        "becomes an aten operator"
-    )
+    if isinstance(node.target, torch._ops.OpOverload):
+        hint = "The format has no entry for this operator: run the lowered model as it is"
+    else:
+        hint = "Capture with example_inputs, so that it becomes an aten operator"
+    return ConfigError(f"node {node.name} cannot be saved: {error}. {hint}")
 
 
 def _input(node: Node) -> list[Any]:

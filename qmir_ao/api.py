@@ -45,32 +45,36 @@ def prepare_qat(
         A trainable graph in training mode; `train()` and `eval()` work on it.
 
     Raises:
-        CaptureError: the network cannot be traced or exported; the message says how to go on.
+        CaptureError: the network cannot be traced or exported, or is not of float32; the message
+            says how to go on.
         UnsupportedGraph: nothing to quantize.
         ConfigError: bad bits, placement or QConfig.
     """
-    import copy
-
     from torch.ao.quantization import QConfigMapping
 
     import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels that training uses)
+    from qmir_ao.capture.inputs import check_dtypes
+    from qmir_ao.capture.state import kept_state, own_copy
     from qmir_ao.passes.pipeline import CAPTURE, run_passes
     from qmir_ao.passes.record import RECORDS
     from qmir_ao.quant.assignment import check_mapping
     from qmir_ao.quant.prepare import prepare_exported, prepare_traced
 
-    own = copy.deepcopy(model)
+    check_dtypes(model)
+    own = own_copy(model)
     if isinstance(qconfig, QConfigMapping):
         check_mapping(qconfig, own)
     if example_inputs is None:
         from qmir_ao.capture.blame import blamed
+        from qmir_ao.capture.functionalize import functionalize
         from qmir_ao.capture.inputs import check_devices
         from qmir_ao.capture.selective_scan import swapped_selective_scan
 
         check_devices(own, ())
-        with swapped_selective_scan(own), blamed(own):
+        with swapped_selective_scan(own), blamed(own), kept_state(own):
             graph, records = _rewritten_trace(own)
             prepared = prepare_traced(own, qconfig, placement, graph)
+        functionalize(prepared)
     else:
         from qmir_ao.capture.export import export_graph
         from qmir_ao.capture.inputs import insert_input_checks

@@ -16,7 +16,7 @@ from torchao.quantization.pt2e.quantizer import (
 
 from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.quant._bases import QmirFakeQuantize
-from qmir_ao.quant.patterns import Pattern, is_constant, match, module_path, operand
+from qmir_ao.quant.patterns import Pattern, is_constant, match, module_path, operand, unquantizable
 from qmir_ao.quant.placement import (
     as_mapping,
     check_placement,
@@ -153,8 +153,8 @@ class QmirQuantizer(Quantizer):  # type: ignore[misc]
                 node.meta[FLOAT_REASON] = NO_QCONFIG
             elif node in kept and not overrules(self.mapping, module_path(node)):
                 node.meta[FLOAT_REASON] = kept[node]
-            elif pattern.weight is not None and not _has_weight(node, pattern):
-                node.meta[FLOAT_REASON] = "its weight is computed from an input"
+            elif (reason := unquantizable(model, node, pattern)) is not None:
+                node.meta[FLOAT_REASON] = reason
             else:
                 chosen.append((node, pattern, qconfig))
         if not chosen:
@@ -169,11 +169,6 @@ class QmirQuantizer(Quantizer):  # type: ignore[misc]
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check beyond what `annotate` guarantees (torchao calls this)."""
-
-
-def _has_weight(node: Node, pattern: Pattern) -> bool:
-    weight = operand(node, pattern.weight) if pattern.weight is not None else None
-    return weight is not None and is_constant(weight)
 
 
 def nothing_to_quantize(model: GraphModule) -> UnsupportedGraph:

@@ -65,14 +65,15 @@ def operator_roundings(taps: int) -> float:
     return math.sqrt(taps) + 12.0
 
 
-def scan_error_steps(act_bits: int) -> float:
+def scan_error_steps(act_bits: int, largest_state: float) -> float:
     """Largest difference of an integer scan from its prepared twin, in steps of u.
 
     Both run one float recurrence with other exponentials (torch's softplus and exp, or a table):
     the relative error of a state is 64 roundings of 2^-24, as its memory is a few dozen steps of
-    time with some roundings each. States and outputs are 2^act_bits steps of u at most.
+    time with some roundings each. States and outputs are 2^act_bits steps of u at most, or what the
+    same scan gives of absolute values where zero lies outside of the range of u.
     """
-    return 64.0 * 2.0**-24 * 2.0**act_bits
+    return 64.0 * 2.0**-24 * max(2.0**act_bits, largest_state)
 
 
 # Prepared against lowered end to end, in dB at weight and activation bits: one flipped code may
@@ -81,3 +82,13 @@ END_TO_END_PSNR = {8: 60.0, 4: 45.0, 2: 38.0}
 
 # Score against the ground truth, simulated against integer, in dB: the project's goal as well.
 TASK_PSNR = 0.02
+
+# A captured network without quantizers against the network itself: the same operators, but for
+# torch's attention module, whose fast path in evaluation adds the same products in another order:
+# a few units of 2^-24 of values up to about ten.
+CAPTURED_NETWORK = 2e-6
+
+# Random small networks end to end. A wrong connection gives results of other places, below 10 dB of
+# the range; a code that flips at a boundary changes one of about a hundred values by a step of a
+# third of the range at most: 10 * log10(9 * 100) = 29 dB, and fewer where it feeds a softmax.
+GRAPH_PSNR = 20.0
