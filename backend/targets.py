@@ -75,7 +75,10 @@ _METHODS = frozenset(
 _ATTRIBUTES = (("shape",), ("device",))
 """What `getattr` may read, as the rest of its arguments."""
 # Operators that take text are refused unless the text can only name a variant of arithmetic.
-_TEXT_ARGUMENTS = frozenset(("approximate", "rounding_mode", "equation", "padding", "indexing"))
+_TEXT_ARGUMENTS = frozenset(
+    "approximate rounding_mode equation padding indexing activation gate_activation "
+    "statistics".split()
+)
 
 
 class TargetNameError(ValueError):

@@ -3,7 +3,12 @@
 import math
 
 import torch
-from support.tolerances import CODE_MISMATCH, operator_roundings, scan_error_steps
+from support.tolerances import (
+    CHAIN_GRID_ERROR,
+    CODE_MISMATCH,
+    operator_roundings,
+    scan_error_steps,
+)
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -27,7 +32,11 @@ def taps(lowered: LoweredModule, name: str) -> int:
 
 
 def check_operators(prepared: GraphModule, lowered: LoweredModule, x: Tensor) -> None:
-    """Assert that every integer operator does what its prepared twin does, on equal inputs."""
+    """Assert that every integer operator does what its prepared twin does, on equal inputs.
+
+    Codes may flip at a rounding boundary where float operators are fused into their quantizer: the
+    share counts over all codes of the network, of which a small one has fewer than 1 / share.
+    """
     records = qmir_ao.compare(prepared, lowered, x)
     assert len(records) == len(lowered.report.operators)
     by_name = {r.name: r for r in lowered.report.operators}
@@ -35,7 +44,7 @@ def check_operators(prepared: GraphModule, lowered: LoweredModule, x: Tensor) ->
         name, kind = record["name"], record["kind"]
         assert record["codes"] > 0
         assert record["code_mismatches"] == record["boundary_mismatches"], name
-        assert record["code_mismatches"] <= CODE_MISMATCH * record["codes"], name
+        assert record["grid_error"] <= CHAIN_GRID_ERROR, name
         assert 0.0 <= record["clip_rate"] <= 1.0
         assert record["sqnr_db"] > 0.0, name
         if kind == "selective_scan":
@@ -45,3 +54,5 @@ def check_operators(prepared: GraphModule, lowered: LoweredModule, x: Tensor) ->
             assert record["acc_equal"] is True, name
             error, bound = record["max_error_roundings"], operator_roundings(taps(lowered, name))
         assert error <= bound, (name, error, bound)
+    flips, codes = (sum(r[key] for r in records) for key in ("code_mismatches", "codes"))
+    assert flips <= math.ceil(CODE_MISMATCH * codes), (flips, codes)
