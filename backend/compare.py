@@ -15,6 +15,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.backend.report import KINDS
 from qmir_ao.errors import UnsupportedGraph
+from qmir_ao.ops.chain_quantize import ChainArgs
+from qmir_ao.passes.chain import find_chain
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.pipeline import NORMALIZE, run_passes
 from qmir_ao.quant.constants import attribute
@@ -35,6 +37,10 @@ _BEFORE_QUANTIZE = (
 
 BOUNDARY_STEPS = 1e-5
 """How close to a rounding boundary, in steps, a code may flip between the two forms."""
+
+
+def _is_constant(argument: Any) -> bool:
+    return isinstance(argument, Node) and argument.op == "get_attr"
 
 
 def _is_inside(node: Node, name: str) -> bool:
@@ -72,9 +78,11 @@ def compare_operators(
     Returns:
         Records with `name, module, kind`; `codes` (activation codes compared), `code_mismatches`,
         of those `boundary_mismatches` within `BOUNDARY_STEPS` of a rounding boundary; `acc_equal`
-        (None for a scan, whose state is float); `max_error_steps` (largest output difference in
-        units of the accumulator's step); `max_error_roundings` (the same in units of 2^-24 of the
-        output's own sum of absolute terms, which is what float32 rounds; None for a scan);
+        (None for a scan, whose state is float); `grid_error` (largest relative difference of a step
+        or shift that float operators fused into a quantizer make); `max_error_steps` (largest
+        output difference in units of the accumulator's step, on the prepared model's own grid and,
+        where a boundary decides, its codes); `max_error_roundings` (the same in units of 2^-24 of
+        the output's own sum of absolute terms, which is what float32 rounds; None for a scan);
         `largest_state` (what a scan gives of absolute values, in steps of u; None for others);
         `sqnr_db` against the operator in float; `clip_rate`.
 
@@ -132,7 +140,7 @@ class _Operator:
         self.prepared, self.source, self.values = prepared, source, values
         self.kind = KINDS[node.target]
         self.codes = self.mismatches = self.boundary = 0
-        self.clipped = 0.0
+        self.clipped = self.grid_error = 0.0
 
     def record(self) -> dict[str, Any]:
         """All figures of this operator."""
@@ -151,6 +159,7 @@ class _Operator:
             "codes": self.codes,
             "code_mismatches": self.mismatches,
             "boundary_mismatches": self.boundary,
+            "grid_error": self.grid_error,
             "acc_equal": None if is_scan else self._acc_equal(operands),
             "max_error_steps": error / unit if unit else 0.0,
             "max_error_roundings": None if is_scan else self._roundings(operands, difference),
@@ -177,6 +186,8 @@ class _Operator:
                 x = value(arguments(node)[0]) if inside else self._seen(quantize)
                 rest = [value(a) if isinstance(a, Node) else a for a in arguments(node)[1:]]
                 result = target(x, *rest)
+            elif node.target is qmir.chain_quantize.default:
+                result = self._chain(node, value)
             elif _is_first(node):
                 rest = [value(a) if isinstance(a, Node) else a for a in arguments(node)[1:]]
                 result = target(self._seen(node), *rest)
@@ -217,7 +228,57 @@ class _Operator:
             if getattr(module, "channel_dim", None) is not None:
                 seen = seen + value(_offset_of(origin))
         codes: Tensor = qmir.dls_quantize(x, step, shift, low, high)
-        s, b = (_of_groups(t, x) for t in (step, shift))
+        return self._count(codes, x, seen, (step, shift), (low, high))
+
+    def _chain(self, node: Node, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, step and shift of a fused quantizer whose operands are the prepared ones."""
+        fake = self._fake(node)
+        args = ChainArgs(*(value(a) if _is_constant(a) else a for a in arguments(node)))
+        x, seen = self._seen(node), self.values[fake]
+        if args.offset is not None:
+            offset = args.offset.reshape(-1, *[1] * (-1 - args.dim))
+            x, seen = x + offset, seen + offset
+        rows = x.flatten(0, -2) if args.statistics == "token" else x
+        limits = args.quant_min, args.quant_max
+        settings = (*limits, args.statistics == "tensor", args.cap)
+        grid = qmir.dls_qparams(rows, args.scale_weights, args.shift_weights, *settings)
+        start, gate = self._chain_operands(fake.all_input_nodes[0], args)
+        codes, step, shift = qmir.chain_quantize(*args._replace(x=start, gate=gate))
+        for mine, theirs in zip((step, shift), grid, strict=True):
+            if mine.numel():
+                error = ((mine - theirs).abs() / (grid[0] + theirs.abs())).max()
+                self.grid_error = max(self.grid_error, float(error))
+        return self._count(codes, x, seen, grid, limits), *grid
+
+    def _chain_operands(self, end: Node, args: ChainArgs) -> tuple[Tensor, Tensor | None]:
+        """What the operators before a fake-quantizer that were fused into it had as operands."""
+        wanted = {
+            "permute": True,
+            "gate": args.gate is not None,
+            "activation": args.activation != "none",
+            "gate_activation": args.gate_activation != "none",
+            "norm": args.norm_eps is not None,
+        }
+        chain = find_chain(end, lambda _, role: wanted[role])
+        x: Tensor = self.values[chain.x]
+        if chain.permute is not None:
+            x = x.permute(chain.permute)
+        return x, None if chain.gate is None else self.values[chain.gate]
+
+    def _count(
+        self,
+        codes: Tensor,
+        x: Tensor,
+        seen: Tensor,
+        grid: tuple[Tensor, Tensor],
+        limits: tuple[int, int],
+    ) -> Tensor:
+        """Compare codes of x with those that stand behind a fake-quantizer's output.
+
+        Returns the codes; where a rounding boundary made the difference, the prepared ones.
+        """
+        low, high = limits
+        s, b = (_of_groups(t, x) for t in grid)
         expected = torch.round((seen.double() + b) / s)
         t = (x.double() + b) / s
         differs = expected != codes.double()
@@ -226,7 +287,7 @@ class _Operator:
         self.mismatches += int(differs.sum())
         self.boundary += int((differs & near).sum())
         self.clipped += float(((t < low - 0.5) | (t > high + 0.5)).sum())
-        return codes
+        return torch.where(differs & near, expected.to(codes.dtype), codes)
 
     def _count_codes(self, node: Node, codes: Tensor, value: Any) -> None:
         """Compare codes that no quantize operator made (learned thresholds) with the values seen.

@@ -6,8 +6,9 @@
     nodes    [call, value, value, ...]: which values fill the holes of a call, in their order
     modules  [name, parent] of the modules that nodes came from, the parent by its place before it
     texts    names of nodes before lowering, and reasons
-    notes    [node, name, module, source, act_bits, weight_bits, reason] of the nodes that a report
-             or a comparison asks about, without the nulls at the end
+    notes    [node, name, module, source, act_bits, weight_bits, reason, parts] of the nodes that a
+             report or a comparison asks about, without the nulls at the end; parts are the modules
+             of the float operators that a fused one stands for
 
 A value is an integer: first the inputs, then the tensors in the order of their names, then the
 nodes in theirs. The last node is the output. Everything else of a graph follows from this: the
@@ -26,6 +27,7 @@ from torch.fx.immutable_collections import immutable_list
 
 from qmir_ao.backend.targets import TargetNameError, decode_target, encode_target
 from qmir_ao.errors import ConfigError
+from qmir_ao.passes.chain import PARTS
 from qmir_ao.passes.lower import REASON, SOURCE
 from qmir_ao.quant.patterns import module_path
 
@@ -205,9 +207,11 @@ def _note(node: Node, reported: bool, modules: _Table, texts: _Table) -> list[An
     source, reason = (texts.index(str(meta[k])) if k in meta else None for k in (SOURCE, REASON))
     note: list[Any] = [None, None, source]
     if reported:
-        path = str(meta.get("qmir_module") or module_path(node))
+        parts = meta.get(PARTS)
+        path = "" if parts else str(meta.get("qmir_module") or module_path(node))
         note[:2] = node.name, _module(path, modules)
         note += [meta.get("act_bits"), meta.get("weight_bits"), reason]
+        note.append([_module(part, modules) for part in parts] if parts else None)
     while note and note[-1] is None:
         note.pop()
     return note
@@ -237,7 +241,7 @@ def decode_graph(data: dict[str, Any], tensors: Sequence[str]) -> Graph:
     for tensor in tensors:
         values.append(graph.create_node("get_attr", identifier(tensor), name=next(names)))
     for number, (index, *filling) in enumerate(data["nodes"]):
-        note = (*notes.get(number, ()), *[None] * 6)
+        note = (*notes.get(number, ()), *[None] * 7)
         target, args, kwargs = _call(_at(data["calls"], index), data["targets"], filling, values)
         node = graph.create_node(*target, args, kwargs, note[0] or next(names))
         node.meta.update(_meta(note, paths, data["texts"]))
@@ -268,7 +272,7 @@ def _call(
 
 
 def _meta(note: Sequence[Any], paths: Sequence[str], texts: Sequence[Any]) -> dict[str, Any]:
-    _, module, source, act_bits, weight_bits, reason = note[:6]
+    _, module, source, act_bits, weight_bits, reason, parts = note[:7]
     meta: dict[str, Any] = {} if module is None else {"qmir_module": _at(paths, module)}
     for key, index in ((SOURCE, source), (REASON, reason)):
         if index is not None:
@@ -280,4 +284,6 @@ def _meta(note: Sequence[Any], paths: Sequence[str], texts: Sequence[Any]) -> di
             if bits is not None and (type(bits) is not int or bits not in _BITS):
                 raise ValueError(f"a bit width of {bits!r}")
         meta |= {"act_bits": act_bits, "weight_bits": weight_bits}
+    if parts is not None:
+        meta[PARTS] = tuple("" if part is None else _at(paths, part) for part in parts)
     return meta

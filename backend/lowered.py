@@ -13,6 +13,7 @@ from qmir_ao.backend.report import LoweringReport
 from qmir_ao.capture.inputs import check_input
 from qmir_ao.capture.size_rules import check_sizes, names_dimension
 from qmir_ao.errors import NonFiniteError
+from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.record import PassRecord
 from qmir_ao.quant.constants import attribute
 
@@ -91,7 +92,11 @@ def may_keep_samples_apart(graph_module: GraphModule) -> bool:
     output = next(n for n in nodes if n.op == "output").args[0]
     qmir = torch.ops.qmir
     dynamic = (qmir.dls_qparams.default, qmir.dls_fake_quant.default)
-    whole_batch = any(n.target in dynamic and n.args[5] for n in nodes)
+    whole_batch = any(
+        (n.target in dynamic and n.args[5])
+        or (n.target is qmir.chain_quantize.default and ChainArgs(*n.args).statistics == "tensor")
+        for n in nodes
+    )
     fixed = any(n.target is check_input and n.args[2][0] is not None for n in nodes)
     fixed |= any(
         names_dimension(rule, 0) for n in nodes if n.target is check_sizes for rule in n.args[2]

@@ -1,11 +1,13 @@
 """What became of each operator: integers or float, at how many bytes, and why."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from qmir_ao.passes.chain import PARTS, parts_of
 from qmir_ao.passes.lower import REASON, SOURCE
 from qmir_ao.quant.constants import attribute
 from qmir_ao.quant.patterns import arguments, module_path
@@ -205,6 +207,10 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
         name = op_name(node)
         if node.target in KINDS:
             operators.append(_operator(graph_module, node))
+        elif node.target is qmir.chain_quantize.default:
+            modules = node.meta.get(PARTS, ())
+            for part, path in itertools.zip_longest(parts_of(node), modules, fillvalue=""):
+                floats.append(FloatRecord(node.name, part, path, _reason(node, part)))
         elif name not in _PLUMBING and not _is_own(node):
             path = str(node.meta.get("qmir_module") or module_path(node))
             floats.append(FloatRecord(node.name, name, path, _reason(node, name)))

@@ -49,7 +49,8 @@ _ATTRIBUTES = (("shape",), ("device",))
 """What `getattr` may read, as the rest of its arguments."""
 # Operators that take text are refused unless the text can only name a variant of arithmetic.
 _TEXT_ARGUMENTS = frozenset(
-    "approximate rounding_mode equation padding indexing mode norm reduce interpolation".split()
+    "approximate rounding_mode equation padding indexing mode norm reduce interpolation activation "
+    "gate_activation statistics".split()
 )
 
 

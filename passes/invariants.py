@@ -3,6 +3,7 @@
 `check_invariants` runs the ones that hold always (`ALWAYS`) and those that passes ensured so far.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+import qmir_ao.ops.chain_quantize
 import qmir_ao.ops.conv2d
 import qmir_ao.ops.linear
 import qmir_ao.ops.selective_scan_q
@@ -122,7 +124,12 @@ def _integers_get_codes(graph_module: GraphModule) -> Iterator[str]:
 
 def _origin(node: Node) -> Node:
     """Where codes were made, before they were moved."""
-    while call_name(node) in MOVES and node.args and isinstance(node.args[0], Node):
+    while (
+        call_name(node) in MOVES
+        and node.args
+        and isinstance(node.args[0], Node)
+        and node.args[0].target is not qmir.chain_quantize.default
+    ):
         node = node.args[0]
     return node
 
@@ -130,6 +137,9 @@ def _origin(node: Node) -> Node:
 def _makes_codes(graph_module: GraphModule, node: Node) -> bool:
     if node.target is qmir.dls_quantize.default:
         return True
+    if node.target is operator.getitem:
+        source, index = arguments(node)
+        return source.target is qmir.chain_quantize.default and index == 0
     if node.op == "get_attr":
         return attribute(graph_module, str(node.target)).dtype in _CODE_TYPES
     if node.op == "placeholder":

@@ -216,7 +216,7 @@ def compare(
 
     Returns:
         For a prepared network one record for each integer operator, with the keys `name, module,
-        kind, codes, code_mismatches, boundary_mismatches, acc_equal, max_error_steps,
+        kind, codes, code_mismatches, boundary_mismatches, grid_error, acc_equal, max_error_steps,
         max_error_roundings, sqnr_db, clip_rate`; for a float network a `Table`. See
         `qmir_ao.backend.compare` and `qmir_ao.backend.comparison`.
 

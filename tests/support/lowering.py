@@ -4,7 +4,12 @@ import math
 from typing import Any
 
 import torch
-from support.tolerances import CODE_MISMATCH, operator_roundings, scan_error_steps
+from support.tolerances import (
+    CHAIN_GRID_ERROR,
+    CODE_MISMATCH,
+    operator_roundings,
+    scan_error_steps,
+)
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -36,14 +41,18 @@ def check_operators(prepared: GraphModule, lowered: LoweredModule, *inputs: Tens
 
 
 def check_records(records: list[dict[str, Any]], lowered: LoweredModule) -> None:
-    """Assert that the figures of every operator are those of equal arithmetic."""
+    """Assert that the figures of every operator are those of equal arithmetic.
+
+    Codes may flip at a rounding boundary where float operators are fused into their quantizer: the
+    share counts over all codes of the network, of which a small one has fewer than 1 / share.
+    """
     assert len(records) == len(lowered.report.operators)
     by_name = {r.name: r for r in lowered.report.operators}
     for record in records:
         name, kind = record["name"], record["kind"]
         assert record["codes"] > 0
         assert record["code_mismatches"] == record["boundary_mismatches"], name
-        assert record["code_mismatches"] <= CODE_MISMATCH * record["codes"], name
+        assert record["grid_error"] <= CHAIN_GRID_ERROR, name
         assert 0.0 <= record["clip_rate"] <= 1.0
         if kind == "selective_scan":
             assert record["acc_equal"] is None and record["max_error_roundings"] is None
@@ -53,3 +62,5 @@ def check_records(records: list[dict[str, Any]], lowered: LoweredModule) -> None
             assert record["acc_equal"] is True, name
             error, bound = record["max_error_roundings"], operator_roundings(taps(lowered, name))
         assert error <= bound, (name, error, bound)
+    flips, codes = (sum(r[key] for r in records) for key in ("code_mismatches", "codes"))
+    assert flips <= math.ceil(CODE_MISMATCH * codes), (flips, codes)

@@ -5,6 +5,8 @@ A test that misses its tolerance is fixed in the code, not here; changing a row 
 
 import math
 
+from qmir_ao.ops.chain_quantize import ChainArgs
+
 FLOAT32_EPS = 2.0**-23
 
 # A rounding decision may flip where u/alpha lies this close to a half-integer: alpha is a float32
@@ -37,6 +39,42 @@ AFFINE_RESULT = 6 * 2.0**-24
 # 2^-53 of the same sum a few hundred times at most. In all below 2^-37 of max|offset| * sum of
 # |step*q| + |shift| over the taps inside.
 OFFSET_ROUNDING = 2.0**-37
+
+
+# Values that go into the statistics of chain_quantize, against float64, in units u = 2^-24 of the
+# largest of their terms. Layer norm: mean and difference 1 each, 1 / sqrt(variance + eps) 1, its
+# three products and sums 4. An activation: exponential 2, sum and quotient 2, products and
+# polynomial 4. Gate 8 and its product 1, channel shift 1. The sum of all is below 32.
+CHAIN_VALUE = 32 * 2.0**-24
+
+
+# A step or shift that float operators fused into a quantizer predict, against the same of separate
+# operators and relative to the sum of both. The values are off by CHAIN_VALUE of the largest of
+# them, which a grid of 4 bits with zero inside reaches: it is at most |shift| + 8 steps.
+CHAIN_GRID_ERROR = 8 * CHAIN_VALUE
+
+
+def chain_grid(chain: ChainArgs) -> float:
+    """Largest error of a step or a shift that chain_quantize predicts.
+
+    The four statistics are off by what the values are, and by their own rounding; shift and step
+    are sums of four of them times the learned scalars, the step of statistics plus the shift.
+    """
+    y, dim = chain.x.abs(), chain.dim
+    if chain.norm_eps is not None:
+        centred = chain.x - chain.x.mean(dim, keepdim=True)
+        deviation = (centred.square().mean(dim, keepdim=True) + chain.norm_eps).sqrt()
+        shape = (-1, *[1] * (-1 - dim))
+        weight, bias = (t.abs().reshape(shape) for t in (chain.norm_weight, chain.norm_bias))
+        # What the mean's rounding moves a difference by grows with the mean.
+        y = (centred.abs() + chain.x.abs().mean(dim, keepdim=True)) / deviation * weight + bias
+    if chain.gate is not None:
+        y = y * chain.gate.abs()
+    if chain.offset is not None:
+        y = y + chain.offset.abs().reshape(-1, *[1] * (-1 - dim))
+    largest = max(float(y.max()), 1.0) + 1.0
+    scale, shift = (float(w.abs().sum()) for w in (chain.scale_weights, chain.shift_weights))
+    return CHAIN_VALUE * largest * (1.0 + scale) * (1.0 + shift)
 
 
 def scan_q_roundings(steps: int, states: int, exponent: float, offset: float) -> float:
