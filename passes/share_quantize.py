@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+import qmir_ao.ops.chain_quantize  # noqa: F401  (defines the operator named below)
 from qmir_ao.capture.recurrence import call_name
 from qmir_ao.passes.base import Pass, writes_near
 from qmir_ao.passes.dedupe_constants import constant_key
@@ -84,14 +85,14 @@ class _Operand:
 
 
 def repeated_quantizers(graph_module: GraphModule) -> list[Node]:
-    """Quantize operators whose codes an earlier one makes already."""
+    """Quantize operators, fused ones too, whose codes an earlier one makes already."""
     keys = {
         n: constant_key(graph_module, n) for n in graph_module.graph.nodes if n.op == "get_attr"
     }
     seen: set[Any] = set()
     found = []
     for node in graph_module.graph.nodes:
-        if node.target is qmir.dls_quantize.default:
+        if node.target in (qmir.dls_quantize.default, qmir.chain_quantize.default):
             key = _key(node, keys)
             if key in seen:
                 found.append(node)
