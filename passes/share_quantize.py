@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+import qmir_ao.ops.chain_quantize  # noqa: F401  (defines the operator named below)
 from qmir_ao.capture.recurrence import call_name
 from qmir_ao.passes.base import Pass, remove_unread, writes_near
 from qmir_ao.passes.dedupe_constants import constant_key
@@ -13,7 +14,12 @@ from qmir_ao.passes.moves import MOVES
 from qmir_ao.quant.patterns import arguments
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
-_INSIDE = (qmir.dls_qparams.default, qmir.dls_quantize.default, operator.getitem)
+_INSIDE = (
+    qmir.dls_qparams.default,
+    qmir.dls_quantize.default,
+    qmir.chain_quantize.default,
+    operator.getitem,
+)
 
 
 class ShareQuantize(Pass):
@@ -48,7 +54,9 @@ class ShareQuantize(Pass):
         return len(pairs)
 
 
-def _equal_pairs(graph_module: GraphModule) -> list[tuple[Node, Node]]:
+def _equal_pairs(
+    graph_module: GraphModule, targets: tuple[Any, ...] = (qmir.dls_quantize.default,)
+) -> list[tuple[Node, Node]]:
     """Each quantize operator whose codes an earlier one makes, with the earlier one before it."""
     keys: dict[Node, Any] = {}
     numbers: dict[Any, int] = {}
@@ -62,7 +70,7 @@ def _equal_pairs(graph_module: GraphModule) -> list[tuple[Node, Node]]:
             key = _structure(node, keys)
         # Keys of keys would grow with the depth of the graph: equal ones share a number.
         keys[node] = numbers.setdefault(key, len(numbers))
-        if node.target is qmir.dls_quantize.default:
+        if node.target in targets:
             kept = first.setdefault(keys[node], node)
             if kept is not node:
                 pairs.append((kept, node))
@@ -94,7 +102,8 @@ class _Operand:
 
 
 def repeated_quantizers(graph_module: GraphModule) -> list[Node]:
-    """Quantize operators whose codes an earlier one makes already."""
+    """Quantize operators, fused ones too, whose codes an earlier one makes already."""
     if writes_near(list(graph_module.graph.nodes)):
         return []
-    return [again for _, again in _equal_pairs(graph_module)]
+    found = _equal_pairs(graph_module, (qmir.dls_quantize.default, qmir.chain_quantize.default))
+    return [again for _, again in found]

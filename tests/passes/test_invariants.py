@@ -74,7 +74,7 @@ def identity(graph: GraphModule) -> None:
 
 
 def second_quantizer(graph: GraphModule) -> None:
-    node = first(graph, qmir.dls_quantize.default)
+    node = first(graph, qmir.chain_quantize.default)
     reader = next(iter(node.users))
     with graph.graph.inserting_after(node):
         reader.replace_input_with(node, graph.graph.node_copy(node))
