@@ -104,7 +104,8 @@ def _module(text: str, name: str, defines: tuple[tuple[str, int], ...]) -> _Modu
     headers = "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
     flags = [*FLAGS, *(f"-D{key}={value}" for key, value in defines)]
     # In a namespace without a name nothing is shared with another library in this process.
-    body = f'#include "launch.h"\nnamespace {{\nnamespace qmir {{ using namespace ::qmir; }}\n{text}}}\n'
+    opening = '#include "launch.h"\nnamespace {\nnamespace qmir { using namespace ::qmir; }\n'
+    body = f"{opening}{text}}}\n"
     whole = _run([cxx, *flags, f"-I{HERE}", "-x", "c++", "-E", "-P", "-"], body)
     bounds = {m[2] or m[4]: _bound(m[1] or m[3]) for m in KERNEL.finditer(whole)}
     if not bounds:
