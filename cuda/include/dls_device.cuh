@@ -79,9 +79,9 @@ QMIR_DEVICE float input_gradient(float x, float g, const Grid& grid, const Stati
 // from a kernel, so that the group's results are NaN as well.
 QMIR_DEVICE Prediction predict_group(const Moments& m, float pivot, int64_t count,
                                      const Predictor& predictor) {
-  Prediction found = dls_predict(dls_statistics(m, pivot, count), predictor);
-  if (!dls_finite(m, found)) found.step = found.shift = NAN;
-  return found;
+  const Prediction found = dls_predict(dls_statistics(m, pivot, count), predictor);
+  if (dls_finite(m, found)) return found;
+  return {{NAN, NAN, NAN, NAN}, NAN, NAN, NAN, NAN};
 }
 
 }  // namespace qmir
