@@ -200,6 +200,7 @@ QMIR_DEVICE void row_backward(const T* grad, const T* x, const float* w, const f
 }  // namespace
 
 #define QMIR_KERNEL extern "C" __global__ void __launch_bounds__(256)
+#define QMIR_ROW_KERNEL extern "C" __global__ void __launch_bounds__(128, 1)
 
 // The tiles' sums of a group, and its step and shift; a block each.
 QMIR_KERNEL qmir_dls_predict(const Moments* parts, const float* pivots, const float* w,
@@ -274,12 +275,12 @@ QMIR_KERNEL qmir_dls_scalars(const ScalarGradients* parts, float* dw, float* dv,
     tile_backward(grad, x, found, through, dx, count, tiles,                                      \
                   {(float)quant_min, (float)quant_max, 0, clamp});                                \
   }                                                                                               \
-  QMIR_KERNEL qmir_dls_rows_forward_##name(const T* x, const float* w, const float* v, T* y,      \
+  QMIR_ROW_KERNEL qmir_dls_rows_forward_##name(const T* x, const float* w, const float* v, T* y,      \
                                            int64_t groups, int64_t count, int32_t quant_min,      \
                                            int32_t quant_max, int32_t cap, int32_t clamp) {       \
     row_forward(x, w, v, y, groups, count, {(float)quant_min, (float)quant_max, cap, clamp});     \
   }                                                                                               \
-  QMIR_KERNEL qmir_dls_rows_backward_##name(                                                      \
+  QMIR_ROW_KERNEL qmir_dls_rows_backward_##name(                                                      \
       const T* grad, const T* x, const float* w, const float* v, T* dx, ScalarGradients* parts,   \
       int64_t groups, int64_t count, int32_t quant_min, int32_t quant_max, int32_t cap,           \
       int32_t clamp) {                                                                            \

@@ -123,7 +123,7 @@ QMIR_DEVICE void chunk_ends(const FloatScan<T>& s, float* ends, float* totals) {
 
 }  // namespace
 
-#define QMIR_KERNEL extern "C" __global__ void __launch_bounds__(256)
+#define QMIR_KERNEL extern "C" __global__ void __launch_bounds__(256, 1)
 
 // Turns the ends of chunks into the states before them, in place. A thread takes one state of one
 // channel; `rows` counts channels of all samples.

@@ -19,6 +19,8 @@ STATES = (1, 2, 3, 4, 8, 16)
 """States of a lane that have kernels; a channel has four times as many at most."""
 MAX_STATES = 4 * STATES[-1]
 LANE_CHANNELS = 8
+SPAN = 64
+"""Rows of parameter gradients that are added at a time."""
 STEPS = 32
 """Time steps of a tile; chunks are multiples of it."""
 
@@ -69,7 +71,9 @@ class _Scan(NamedTuple):
         lane_states = next(n for n in STATES if 4 * n >= states)
         block = (32 * self.warps, 1, 1)
         defines = {"QMIR_STATES": lane_states}
-        launch(source, name, (blocks, 1, 1), block, [*self.args(), *args], defines=defines)
+        shared = _shared(self.warps, lane_states) if source == BACKWARD else 0
+        every = [*self.args(), *args]
+        launch(source, name, (blocks, 1, 1), block, every, shared=shared, defines=defines)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
@@ -79,6 +83,15 @@ def _warps(per_group: int, most: int) -> int:
     """Warps of a block: as few idle ones as `most` allows."""
     needed = ceil_div(per_group, LANE_CHANNELS)
     return ceil_div(needed, ceil_div(needed, most))
+
+
+def _shared(warps: int, lane_states: int) -> int:
+    """Bytes of the struct Tiles of the backward source, as far as these warps use it."""
+    room = 4 if lane_states == 3 else lane_states
+    kept = 8 if lane_states <= 4 else 4 if lane_states == 8 else 2
+    sums = 4 * (ceil_div(2 * lane_states, 8) * 8) + 1
+    per_warp = 5 * 8 * (STEPS + 1) + STEPS // kept * lane_states * 32 + STEPS * sums
+    return 4 * (2 * STEPS * (4 * room + 4) + warps * per_warp)
 
 
 def forward_chunk(length: int) -> int:
@@ -142,3 +155,74 @@ def launch_selective_scan(launch: Launcher, *args: Any) -> Tensor:
     y = torch.empty(u.shape, dtype=scan.u.dtype, device=u.device)
     scan.start(launch, FORWARD, "forward", [_starts(launch, scan), y])
     return y.to(u.dtype)
+
+
+@cuda_kernel("selective_scan_backward", selective_scan_backward_ref)
+def launch_selective_scan_backward(launch: Launcher, *args: Any) -> tuple[Tensor, ...]:
+    """`qmir::selective_scan_backward`; types as in the forward."""
+    grad, *tensors, softplus = args
+    check_operands(*tensors)
+    u, A = tensors[0], tensors[2]
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    if wide or A.shape[1] > MAX_STATES or not A.shape[1] or not u.numel():
+        return selective_scan_backward_ref(*args)
+    lane_states = next(n for n in STATES if 4 * n >= A.shape[1])
+    scan = _scan(tensors, softplus, STEPS, 8 if lane_states <= 4 else 4 if lane_states == 8 else 2)
+    up = dense(grad.to(scan.u.dtype))
+    starts, behind = _around_chunks(launch, scan, up)
+    du, ddelta = (torch.empty(u.shape, dtype=scan.u.dtype, device=u.device) for _ in range(2))
+    batch, channels, groups, states, length = scan.sizes
+    projections = scan.empty(scan.channel_blocks, 2, batch, groups, states, length)
+    parameters = scan.empty(batch * scan.chunks, channels * (states + 2))
+    every = [up, starts, behind, du, ddelta, projections, parameters]
+    scan.start(launch, BACKWARD, "backward", every)
+    dB, dC = _sum_projections(launch, scan, projections, lane_states)
+    sizes = [channels * states, channels, channels]
+    dA, dD, dbias = _sum_parameters(launch, scan, parameters, lane_states).split(sizes)
+    found = (du, ddelta, dA.reshape(A.shape), dB, dC, dD, dbias)
+    # Absent operands (D, delta_bias) get an empty gradient.
+    return tuple(
+        u.new_empty(0) if x is None else gradient.to(x.dtype, copy=gradient._base is not None)
+        for x, gradient in zip(tensors, found, strict=True)
+    )
+
+
+def _around_chunks(launch: Launcher, scan: _Scan, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """State before each chunk, and gradient of the state behind it."""
+    batch, channels, _, states, _ = scan.sizes
+    rows = batch * channels
+    ends, backs = (scan.empty(rows, scan.chunks, states) for _ in range(2))
+    totals = scan.empty(rows, scan.chunks)
+    scan.start(launch, BACKWARD, "chunk_sums", [grad, ends, backs, totals])
+    _carry(launch, scan, "qmir_scan_carry_both", totals, ends, backs)
+    return ends, backs
+
+
+def _sum_projections(
+    launch: Launcher, scan: _Scan, parts: Tensor, lane_states: int
+) -> tuple[Tensor, Tensor]:
+    """dB and dC from the blocks of channels."""
+    blocks, count = parts.shape[0], parts[0].numel()
+    both = torch.empty(parts.shape[1:], dtype=scan.u.dtype, device=parts.device)
+    kernel = f"qmir_scan_projections_{NAMES[scan.u.dtype]}"
+    grid, defines = (ceil_div(count, 256), 1, 1), {"QMIR_STATES": lane_states}
+    launch(BACKWARD, kernel, grid, (256, 1, 1), [parts, both, blocks, count], defines=defines)
+    return both[0], both[1]
+
+
+def _sum_parameters(launch: Launcher, scan: _Scan, parts: Tensor, lane_states: int) -> Tensor:
+    """Sums over samples and chunks, in two steps of fixed order."""
+    rows, columns = parts.shape
+    spans = ceil_div(rows, SPAN)
+    halfway = torch.empty((spans, columns), dtype=torch.float64, device=parts.device)
+    total = scan.empty(columns)
+    blocks, defines = ceil_div(columns, 256), {"QMIR_STATES": lane_states}
+    args = [parts, halfway, rows, columns, SPAN]
+    launch(
+        BACKWARD, "qmir_scan_columns", (blocks, spans, 1), (256, 1, 1), args, defines=defines
+    )
+    args = [halfway, total, spans, columns]
+    launch(
+        BACKWARD, "qmir_scan_columns_last", (blocks, 1, 1), (256, 1, 1), args, defines=defines
+    )
+    return total

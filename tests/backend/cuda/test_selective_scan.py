@@ -7,10 +7,13 @@ import pytest
 import torch
 from support.cases import SCAN_OPTIONAL, SCAN_SIZES, scan_operands
 from support.host_launcher import HostLauncher, needs_compiler
-from support.scans import assert_as_accurate, without_softplus
+from support.scans import NAMES, assert_as_accurate, without_softplus
 
-from qmir_ao.backend.cuda.selective_scan import launch_selective_scan
-from qmir_ao.ops.selective_scan import selective_scan_ref
+from qmir_ao.backend.cuda.selective_scan import (
+    launch_selective_scan,
+    launch_selective_scan_backward,
+)
+from qmir_ao.ops.selective_scan import selective_scan_backward_ref, selective_scan_ref
 
 pytestmark = needs_compiler
 
@@ -41,3 +44,11 @@ def drawn(size: Size, optional: tuple[bool, bool], softplus: bool) -> list[tuple
 def test_forward_is_as_accurate_as_the_reference(size, optional, softplus, poisoned_empty):
     run = on(launch_selective_scan, sum(size))
     assert_as_accurate(run, selective_scan_ref, drawn(size, optional, softplus), ("y",))
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("optional", SCAN_OPTIONAL.values(), ids=SCAN_OPTIONAL)
+def test_gradients_are_as_accurate_as_the_reference(size, optional, poisoned_empty):
+    run = on(launch_selective_scan_backward, sum(size))
+    cases = [(torch.randn_like(case[0]), *case) for case in drawn(size, optional, True)]
+    assert_as_accurate(run, selective_scan_backward_ref, cases, NAMES)
