@@ -68,9 +68,7 @@ def launch_dls_fake_quant(
     """
     scalars = (scale_weights, shift_weights)
     if x.dtype == torch.float64 or not x.numel():
-        return dls_fake_quant_ref(
-            x, *scalars, quant_min, quant_max, per_tensor, cap, clamp_output
-        )
+        return dls_fake_quant_ref(x, *scalars, quant_min, quant_max, per_tensor, cap, clamp_output)
     check_scalars("dls_fake_quant", *scalars)
     check_range("dls_fake_quant", quant_min, quant_max)
     if x.dtype not in NAMES:
@@ -126,7 +124,9 @@ def launch_dls_fake_quant_backward(
     dw, dv = (torch.empty(4, dtype=torch.float32, device=x.device) for _ in scalars)
     short = x.numel() // groups <= LONGEST_ROW
     run = _backward_rows if short else _backward_tiles
-    parts, number = run(launch, up, kept, (w, v), dx, groups, (quant_min, quant_max, cap, clamp_output))
+    parts, number = run(
+        launch, up, kept, (w, v), dx, groups, (quant_min, quant_max, cap, clamp_output)
+    )
     launch(SOURCE, "qmir_dls_scalars", (1, 1, 1), BLOCK, [parts, dw, dv, number])
     return dx, dw.to(scale_weights.dtype), dv.to(shift_weights.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Launcher, ceil_div, dense
-from qmir_ao.backend.cuda.registration import cuda_kernel, declare_variants
+from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared, declare_variants
 from qmir_ao.ops.selective_scan import (
     check_operands,
     selective_scan_backward_ref,
@@ -15,7 +15,7 @@ from qmir_ao.ops.selective_scan import (
 
 FORWARD, BACKWARD = "selective_scan", "selective_scan_backward"
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-STATES = (1, 2, 3, 4, 8, 16)
+STATES = (2, 3, 4, 8, 16)
 """States of a lane that have kernels; a channel has four times as many at most."""
 MAX_STATES = 4 * STATES[-1]
 LANE_CHANNELS = 8
@@ -85,6 +85,11 @@ def _warps(per_group: int, most: int) -> int:
     return ceil_div(needed, ceil_div(needed, most))
 
 
+def _most_warps(lane_states: int) -> int:
+    """As in the backward source: each warp needs room for its states."""
+    return 8 if lane_states <= 4 else 4 if lane_states == 8 else 2
+
+
 def _shared(warps: int, lane_states: int) -> int:
     """Bytes of the struct Tiles of the backward source, as far as these warps use it."""
     room = 4 if lane_states == 3 else lane_states
@@ -92,6 +97,12 @@ def _shared(warps: int, lane_states: int) -> int:
     sums = 4 * (ceil_div(2 * lane_states, 8) * 8) + 1
     per_warp = 5 * 8 * (STEPS + 1) + STEPS // kept * lane_states * 32 + STEPS * sums
     return 4 * (2 * STEPS * (4 * room + 4) + warps * per_warp)
+
+
+for _states in STATES:
+    for _kernel in ("qmir_scan_chunk_sums", "qmir_scan_backward"):
+        _bytes = _shared(_most_warps(_states), _states)
+        declare_shared(_kernel, {"QMIR_STATES": _states}, _bytes)
 
 
 def forward_chunk(length: int) -> int:
@@ -167,7 +178,7 @@ def launch_selective_scan_backward(launch: Launcher, *args: Any) -> tuple[Tensor
     if wide or A.shape[1] > MAX_STATES or not A.shape[1] or not u.numel():
         return selective_scan_backward_ref(*args)
     lane_states = next(n for n in STATES if 4 * n >= A.shape[1])
-    scan = _scan(tensors, softplus, STEPS, 8 if lane_states <= 4 else 4 if lane_states == 8 else 2)
+    scan = _scan(tensors, softplus, STEPS, _most_warps(lane_states))
     up = dense(grad.to(scan.u.dtype))
     starts, behind = _around_chunks(launch, scan, up)
     du, ddelta = (torch.empty(u.shape, dtype=scan.u.dtype, device=u.device) for _ in range(2))
@@ -201,7 +212,7 @@ def _around_chunks(launch: Launcher, scan: _Scan, grad: Tensor) -> tuple[Tensor,
 def _sum_projections(
     launch: Launcher, scan: _Scan, parts: Tensor, lane_states: int
 ) -> tuple[Tensor, Tensor]:
-    """dB and dC from the blocks of channels."""
+    """DB and dC from the blocks of channels."""
     blocks, count = parts.shape[0], parts[0].numel()
     both = torch.empty(parts.shape[1:], dtype=scan.u.dtype, device=parts.device)
     kernel = f"qmir_scan_projections_{NAMES[scan.u.dtype]}"
@@ -218,11 +229,7 @@ def _sum_parameters(launch: Launcher, scan: _Scan, parts: Tensor, lane_states: i
     total = scan.empty(columns)
     blocks, defines = ceil_div(columns, 256), {"QMIR_STATES": lane_states}
     args = [parts, halfway, rows, columns, SPAN]
-    launch(
-        BACKWARD, "qmir_scan_columns", (blocks, spans, 1), (256, 1, 1), args, defines=defines
-    )
+    launch(BACKWARD, "qmir_scan_columns", (blocks, spans, 1), (256, 1, 1), args, defines=defines)
     args = [halfway, total, spans, columns]
-    launch(
-        BACKWARD, "qmir_scan_columns_last", (blocks, 1, 1), (256, 1, 1), args, defines=defines
-    )
+    launch(BACKWARD, "qmir_scan_columns_last", (blocks, 1, 1), (256, 1, 1), args, defines=defines)
     return total
