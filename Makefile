@@ -9,14 +9,17 @@ DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NVRTC := $(VENV)/nvrtc/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint install clean
+.PHONY: help demo test bench bench-gpu kernels lint install clean
 
 help:
 	@echo "make demo    train the tiny model at 4 and 2 bits, write demo/report.html (5 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make bench   run the benchmarks"
+	@echo "make bench-gpu  the same on an NVIDIA GPU, in the Python environment at hand"
+	@echo "make kernels write docs/kernels.md from the compilers' reports"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV) and what the other targets wrote"
 
@@ -27,11 +30,18 @@ demo test: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(STAMP)
 	$(BIN)/qmir demo --output demo $(DEMO_ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(NVRTC)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -m bench tests/bench $(PYTEST_ARGS)
+
+# Where torch, torchao, CuPy, pytest and pytest-benchmark are installed; nothing is built or installed.
+bench-gpu:
+	$(or $(PYTHON),python3) -m pytest -m bench tests/bench/gpu $(PYTEST_ARGS)
+
+kernels: $(STAMP) $(NVRTC)
+	PYTHONPATH=tests $(BIN)/python -m support.kernel_table
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -53,6 +63,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
 	  -e ".[recipes,dev]" -c constraints.txt
 	@touch $@
+
+# Compilers for the proof that the CUDA kernels compile. Without them those tests are skipped.
+$(NVRTC): tests/support/nvrtc.txt | $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --upgrade \
+	  --target $(VENV)/nvrtc --no-deps -r $< && touch $@ || \
+	  echo "note: no NVRTC for this machine; the tests that compile CUDA kernels are skipped" >&2
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info

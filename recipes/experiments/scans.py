@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
+import qmir_ao.backend.kernels  # noqa: F401  (without its kernels a forward takes minutes)
 from qmir_ao.recipes.pixels import to_float, to_tensor
 from qmir_ao.recipes.tasks import Task
 

@@ -130,3 +130,8 @@ CAPTURED_NETWORK = 2e-6
 # the range; a code that flips at a boundary changes one of about a hundred values by a step of a
 # third of the range at most: 10 * log10(9 * 100) = 29 dB, and fewer where it feeds a softmax.
 GRAPH_PSNR = 20.0
+
+# Two float32 results that differ in their last bit round to different bf16 numbers where they lie
+# around a midpoint: 2^-15 of them, each by a unit of 2^-8. Relative to the norm of n elements at
+# most sqrt(k / n) * 2^-8 for k flips; k = 3 of n >= 1000 covers the tests' sizes.
+BF16_FLIPS = math.sqrt(3 / 1000) * 2.0**-8

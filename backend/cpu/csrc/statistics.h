@@ -11,11 +11,6 @@
 
 namespace qmir {
 
-struct Moments {
-  double sum, squares;
-  float low, high;
-};
-
 struct MomentLanes {
   Sum8 sum, squares;
   f8 low, high;
@@ -29,9 +24,7 @@ struct MomentLanes {
   }
 };
 
-// Deviations from the group's first element: a constant group has a spread of exactly zero, and
-// nothing cancels. Infinity and NaN survive into the sums, so no separate test is needed. Two sets
-// of lanes take turns, because one would wait for its own additions.
+// Two sets of lanes take turns, because one would wait for its own additions.
 inline Moments moments_of(const float* x, int64_t count, float pivot) {
   MomentLanes even{{}, {}, f8{} + pivot, f8{} + pivot}, odd = even;
   int64_t i = 0;
@@ -63,20 +56,15 @@ struct Found {
 
 inline Found predict_group(const Moments* parts, int64_t count, float pivot,
                            const Predictor& predictor) {
-  double sum = 0.0, squares = 0.0;
-  float low = pivot, high = pivot;
+  Moments all{0.0, 0.0, pivot, pivot};
   for (int64_t c = 0; c < chunks_of(count); ++c) {
-    sum += parts[c].sum;
-    squares += parts[c].squares;
-    low = min_of(low, parts[c].low);
-    high = max_of(high, parts[c].high);
+    all.sum += parts[c].sum;
+    all.squares += parts[c].squares;
+    all.low = min_of(all.low, parts[c].low);
+    all.high = max_of(all.high, parts[c].high);
   }
-  const double variance = (squares - sum * sum / count) / (count > 1 ? count - 1 : 1);
-  const float deviation = (float)std::sqrt(max_of(variance, 0.0));
-  const Statistics stats{(float)(pivot + sum / count), deviation, low, high};
-  const Prediction found = dls_predict(stats, predictor);
-  return {found,
-          std::isfinite(squares) && std::isfinite(found.raw) && std::isfinite(found.shift)};
+  const Prediction found = dls_predict(dls_statistics(all, pivot, count), predictor);
+  return {found, dls_finite(all, found)};
 }
 
 inline int64_t first_bad(const std::vector<char>& finite) {
