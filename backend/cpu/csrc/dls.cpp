@@ -93,11 +93,16 @@ Prediction predict(const float* x, int64_t count, const Predictor& predictor, co
   });
   team.meet();
   Moments all{0.0, 0.0, x[0], x[0]};
-  for (int64_t c = 0; c < chunks; ++c) {
-    all.sum += parts[c].sum;
-    all.squares += parts[c].squares;
-    all.low = min_of(all.low, parts[c].low);
-    all.high = max_of(all.high, parts[c].high);
+  for (int64_t begin = 0; begin < chunks; begin += kFold) {
+    double sum = 0.0, squares = 0.0;
+    for (int64_t c = begin; c < min_of(begin + kFold, chunks); ++c) {
+      sum += parts[c].sum;
+      squares += parts[c].squares;
+      all.low = min_of(all.low, parts[c].low);
+      all.high = max_of(all.high, parts[c].high);
+    }
+    all.sum += sum;
+    all.squares += squares;
   }
   const Prediction found = dls_predict(dls_statistics(all, x[0], count), predictor);
   if (team.rank == 0) finite[group] = dls_finite(all, found);
