@@ -5,6 +5,8 @@
 namespace qmir {
 
 constexpr float kStepEps = 1e-6f;
+// Of the chunks of a group so many are added up first and then those sums: work for several threads.
+constexpr int64_t kFold = 64;
 
 struct Statistics {
   float mean, std, low, high;

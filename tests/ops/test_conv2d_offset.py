@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.convolutions import NAMED, Case, cases, operands
+from support.convolutions import NAMED, SCALES, Case, cases, offsets, operands
 from support.integers import containers, dequantize, same_bytes, seeds, with_threads
 from support.tolerances import AFFINE_RESULT, OFFSET_ROUNDING
 from torch.nn.functional import conv2d as float_conv2d
@@ -14,27 +14,9 @@ import qmir_ao.backend.cpu.conv2d  # noqa: F401  (registers the kernels)
 from qmir_ao.ops._integer import MAX_TAPS, fixed_point
 from qmir_ao.ops.conv2d import conv2d, conv2d_ref
 
-SCALES = {
-    "ordinary": (1.0, 0.0),
-    "small": (1e-3, 0.0),
-    "huge": (1e30, 0.0),
-    "tiny": (1e-30, 0.0),
-    "subnormal": (1e-42, 0.0),
-    "mixed": (1.0, 8.0),
-    "zero": (0.0, 0.0),
-}
-"""Standard deviation of the offsets, and of its logarithm from channel to channel."""
 KERNEL = torch.ops.qmir.conv2d
 scales = st.sampled_from(sorted(SCALES))
 batches = st.sampled_from([1, 3])
-
-
-def offsets(seed: int, case: Case, scale: str, single: bool) -> torch.Tensor:
-    rng = np.random.default_rng([seed, 1])
-    deviation, spread = SCALES[scale]
-    count = 1 if single else case.groups * case.inputs
-    values = rng.normal(size=count) * deviation * np.exp(rng.normal(size=count) * spread)
-    return torch.from_numpy(values.astype(np.float32))
 
 
 def with_offset(args: tuple, x_offset: torch.Tensor | None) -> tuple:

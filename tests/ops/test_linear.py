@@ -12,7 +12,7 @@ from support.integers import (
     containers,
     dequantize,
     fills,
-    grid,
+    linear_operands,
     pack_fields,
     same_bytes,
     seeds,
@@ -24,19 +24,6 @@ import qmir_ao.backend.cpu.linear  # noqa: F401  (registers the kernels)
 from qmir_ao.ops.linear import linear, linear_acc, linear_acc_ref, linear_ref
 
 sizes = st.tuples(st.integers(1, 19), st.integers(1, 70), st.integers(1, 70))
-
-
-def operands(
-    seed: int, shape: tuple[int, ...], features: int, bits: int, per_sample: bool, per_row: bool
-) -> tuple:
-    rng = np.random.default_rng(seed)
-    x = torch.from_numpy(codes(rng, shape, 8, "random"))
-    weight = codes(rng, (features, shape[-1]), bits, "random")
-    x_grid = grid(rng, shape[0] if per_sample else 1)
-    w_step, w_shift = grid(rng, features if per_row else 1)
-    w_grid = (w_step, w_shift[:1] if seed % 3 == 2 else w_shift)
-    bias = torch.from_numpy(rng.normal(size=features).astype(np.float32)) if seed % 2 else None
-    return (x, *x_grid, pack_fields(weight, bits), *w_grid, bias, bits, features), weight
 
 
 @settings(max_examples=800)
@@ -75,7 +62,7 @@ def test_kernel_gives_the_bytes_of_the_reference(
 ) -> None:
     rows, inputs, features = size
     shape = (3, rows, inputs) if seed % 3 else (rows, inputs)
-    args, _ = operands(seed, shape, features, bits, per_sample, per_row)
+    args, _ = linear_operands(seed, shape, features, bits, per_sample, per_row)
     assert same_bytes(torch.ops.qmir.linear(*args), linear_ref(*args))
 
 
@@ -85,7 +72,7 @@ def test_result_is_the_product_of_the_dequantized_operands(
     seed: int, size: tuple[int, int, int], bits: int, per_sample: bool, per_row: bool
 ) -> None:
     rows, inputs, features = size
-    args, weight = operands(seed, (2, rows, inputs), features, bits, per_sample, per_row)
+    args, weight = linear_operands(seed, (2, rows, inputs), features, bits, per_sample, per_row)
     x, x_step, x_shift, _, w_step, w_shift, bias, *_ = args
     q = torch.from_numpy(weight)
     bias64 = None if bias is None else bias.double()
@@ -100,7 +87,7 @@ def test_result_is_the_product_of_the_dequantized_operands(
 
 
 def test_flipping_one_packed_nibble_is_seen() -> None:
-    args, weight = operands(1, (1, 8, 60), 16, 4, True, True)
+    args, weight = linear_operands(1, (1, 8, 60), 16, 4, True, True)
     damaged = args[3].clone()
     damaged[7] ^= 0x10
     clean = torch.ops.qmir.linear(*args)
@@ -111,7 +98,7 @@ def test_flipping_one_packed_nibble_is_seen() -> None:
 
 
 def test_threads_and_batch_mates_do_not_matter() -> None:
-    args, _ = operands(5, (3, 700, 61), 150, 4, True, True)
+    args, _ = linear_operands(5, (3, 700, 61), 150, 4, True, True)
     single = with_threads(1, lambda: torch.ops.qmir.linear(*args))
     for count in (2, 3):
         assert same_bytes(with_threads(count, lambda: torch.ops.qmir.linear(*args)), single)
@@ -123,12 +110,12 @@ def test_threads_and_batch_mates_do_not_matter() -> None:
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (2, 3, 4, 9), (50, 64)], ids=str)
 def test_every_output_is_written(shape: tuple[int, ...]) -> None:
-    args, _ = operands(3, shape, 33, 2, False, True)
+    args, _ = linear_operands(3, shape, 33, 2, False, True)
     assert same_bytes(torch.ops.qmir.linear(*args), linear_ref(*args))
 
 
 def test_one_axis_empty_batch_and_strided_input() -> None:
-    args, _ = operands(2, (4, 6, 10), 5, 8, False, False)
+    args, _ = linear_operands(2, (4, 6, 10), 5, 8, False, False)
     x, rest = args[0], args[1:]
     flat = torch.ops.qmir.linear(x[0, 0], *rest)
     assert same_bytes(flat, torch.ops.qmir.linear(x, *rest)[0, 0])
@@ -140,7 +127,7 @@ def test_one_axis_empty_batch_and_strided_input() -> None:
 
 
 def test_export_with_a_dynamic_batch() -> None:
-    args, _ = operands(1, (3, 5, 10), 6, 4, True, True)
+    args, _ = linear_operands(1, (3, 5, 10), 6, 4, True, True)
 
     class Layer(torch.nn.Module):
         def forward(self, x: torch.Tensor, step: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -149,7 +136,7 @@ def test_export_with_a_dynamic_batch() -> None:
     batch, rows = torch.export.Dim("batch"), torch.export.Dim("rows")
     shapes = ({0: batch, 1: rows}, {0: batch}, {0: batch})
     program = torch.export.export(Layer(), args[:3], dynamic_shapes=shapes)
-    other, _ = operands(4, (2, 9, 10), 6, 4, True, True)
+    other, _ = linear_operands(4, (2, 9, 10), 6, 4, True, True)
     result = program.module()(*other[:3])
     assert same_bytes(result, linear_ref(*other[:3], *args[3:]))
 
@@ -172,7 +159,7 @@ def test_export_with_a_dynamic_batch() -> None:
     ids=lambda value: "" if isinstance(value, dict) else str(value)[:30],
 )
 def test_bad_arguments_are_refused(change: dict, message: str) -> None:
-    args, _ = operands(1, (2, 3, 10), 6, 4, True, True)
+    args, _ = linear_operands(1, (2, 3, 10), 6, 4, True, True)
     bad = [change.get(i, value) for i, value in enumerate(args)]
     for form in (torch.ops.qmir.linear, linear_ref):
         with pytest.raises(RuntimeError, match=message):
@@ -186,7 +173,7 @@ def test_a_product_that_could_overflow_is_refused() -> None:
 
 
 def test_one_shift_serves_the_steps_of_all_features() -> None:
-    args, _ = operands(1, (2, 5, 10), 6, 4, True, True)
+    args, _ = linear_operands(1, (2, 5, 10), 6, 4, True, True)
     shared = args[5][2:3]
     short = torch.ops.qmir.linear(*args[:5], shared, *args[6:])
     assert same_bytes(short, torch.ops.qmir.linear(*args[:5], shared.repeat(6), *args[6:]))

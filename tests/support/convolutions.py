@@ -101,3 +101,24 @@ def operands(
     bias = torch.from_numpy(rng.normal(size=size[0]).astype(np.float32)) if seed % 2 else None
     tensors = (x, *x_grid, pack_fields(weight, bits), *w_grid, bias, x_offset)
     return (*tensors, *case.geometry(bits)), torch.from_numpy(weight)
+
+
+SCALES = {
+    "ordinary": (1.0, 0.0),
+    "small": (1e-3, 0.0),
+    "huge": (1e30, 0.0),
+    "tiny": (1e-30, 0.0),
+    "subnormal": (1e-42, 0.0),
+    "mixed": (1.0, 8.0),
+    "zero": (0.0, 0.0),
+}
+"""Standard deviation of the offsets, and of its logarithm from channel to channel."""
+
+
+def offsets(seed: int, case: Case, scale: str, single: bool) -> torch.Tensor:
+    """Channel offsets for a case, or one for all channels."""
+    rng = np.random.default_rng([seed, 1])
+    deviation, spread = SCALES[scale]
+    count = 1 if single else case.groups * case.inputs
+    values = rng.normal(size=count) * deviation * np.exp(rng.normal(size=count) * spread)
+    return torch.from_numpy(values.astype(np.float32))

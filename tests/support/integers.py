@@ -59,6 +59,20 @@ def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     return equal_kind and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
+def linear_operands(
+    seed: int, shape: tuple[int, ...], features: int, bits: int, per_sample: bool, per_row: bool
+) -> tuple:
+    """Arguments of `qmir::linear` for x of `shape`, and the weight's codes."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(codes(rng, shape, 8, "random"))
+    weight = codes(rng, (features, shape[-1]), bits, "random")
+    x_grid = grid(rng, shape[0] if per_sample else 1)
+    w_step, w_shift = grid(rng, features if per_row else 1)
+    w_grid = (w_step, w_shift[:1] if seed % 3 == 2 else w_shift)
+    bias = torch.from_numpy(rng.normal(size=features).astype(np.float32)) if seed % 2 else None
+    return (x, *x_grid, pack_fields(weight, bits), *w_grid, bias, bits, features), weight
+
+
 seeds = st.integers(0, 2**31 - 1)
 containers = st.sampled_from([2, 4, 8])
 fills = st.sampled_from(FILLS)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from support import roofline
 from support.nvrtc import ARCHITECTURES, Compiled, compile_text, occupancy
 
 import qmir_ao.backend.cuda  # noqa: F401  (declares the variants)
@@ -68,7 +69,7 @@ def table() -> str:
         row for source in sources.names() for defines in variants(source)
         for row in _rows(source, defines)
     ]  # fmt: skip
-    return HEAD.format(version=VERSION) + "\n".join(rows) + "\n"
+    return HEAD.format(version=VERSION) + "\n".join(rows) + "\n" + roofline.section()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ FLOAT32_EPS = 2.0**-23
 # sum of four products, so t = u/alpha carries a few units of 2^-24 relative, |t| <= 2^7.
 BOUNDARY_STEPS = 1e-5
 
+# dls_qparams adds pairs of floats where double arithmetic is slow; such a sum is off by 2^-43 of
+# its largest partial sum, which rounds a mean or a deviation to the float beside the right one at
+# most. Relative to a statistic; step and shift are sums of four products of them.
+PAIR_STATISTIC = FLOAT32_EPS
+
 # Share of codes that may differ between two computations of the same step: the chance that t falls
 # within BOUNDARY_STEPS of a boundary is 2 * BOUNDARY_STEPS; half of those round the same way.
 CODE_MISMATCH = 1e-5

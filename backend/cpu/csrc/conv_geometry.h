@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "conv_taps.cuh"
 #include "dot_tile.h"
 #include "qlinear.cuh"
 
@@ -44,12 +45,8 @@ struct Border {
 
   Border(int64_t out, int64_t stride, int64_t pad, int64_t dilation, int64_t kernel, int64_t size)
       : of(out) {
-    const auto reach = [&](int64_t distance) {  // kernel positions before this distance
-      return distance <= 0 ? 0 : std::min(kernel, (distance + dilation - 1) / dilation);
-    };
     for (int64_t i = 0; i < out; ++i) {
-      const int64_t origin = i * stride - pad;
-      const int64_t high = reach(size - origin), low = std::min(high, reach(-origin));
+      const auto [low, high] = taps_inside(i * stride - pad, dilation, kernel, size);
       if (first.empty() || first.back() != low || last.back() != high) {
         first.push_back(low);
         last.push_back(high);

@@ -1,5 +1,5 @@
 // Statistics of the groups that DLS quantizes, in one fixed order: chunks of a group, deviations from
-// its first element in eight lanes, chunks combined in index order. Whoever produces the values
+// its first element in eight lanes, chunks combined in index order, kFold at a time. Whoever produces the values
 // gives the same bytes, and so does any number of threads.
 #pragma once
 #include <omp.h>
@@ -56,12 +56,18 @@ struct Found {
 
 inline Found predict_group(const Moments* parts, int64_t count, float pivot,
                            const Predictor& predictor) {
+  const int64_t chunks = chunks_of(count);
   Moments all{0.0, 0.0, pivot, pivot};
-  for (int64_t c = 0; c < chunks_of(count); ++c) {
-    all.sum += parts[c].sum;
-    all.squares += parts[c].squares;
-    all.low = min_of(all.low, parts[c].low);
-    all.high = max_of(all.high, parts[c].high);
+  for (int64_t begin = 0; begin < chunks; begin += kFold) {
+    double sum = 0.0, squares = 0.0;
+    for (int64_t c = begin; c < min_of(begin + kFold, chunks); ++c) {
+      sum += parts[c].sum;
+      squares += parts[c].squares;
+      all.low = min_of(all.low, parts[c].low);
+      all.high = max_of(all.high, parts[c].high);
+    }
+    all.sum += sum;
+    all.squares += squares;
   }
   const Prediction found = dls_predict(dls_statistics(all, pivot, count), predictor);
   return {found, dls_finite(all, found)};
