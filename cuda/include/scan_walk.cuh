@@ -1,0 +1,190 @@
+// How a grid shares a scan: sequences, or images read in four directions, are cut into chunks; a
+// block takes 32 channels of a group (one per lane) and one chunk for each of its warps.
+//
+// Direction 0 goes through the rows of an image, 1 through its columns, 2 and 3 are the same from
+// the end. Nothing is flipped or transposed in memory: chunks are named by the place they cover,
+// and a warp goes through its own from either end. A column is far apart in memory, so that the
+// warps of a block take chunks that lie side by side and load them together.
+#pragma once
+#include "device.cuh"
+
+namespace qmir {
+
+constexpr int kTile = 16;  // steps that a warp holds in shared memory at once
+
+// Sizes of a launch (backend/cuda/scan_chunks.py makes them). A unit is what the warps of a block
+// are apart: `row_steps` of a row; a column, or several where they are short. Columns longer than
+// `column_steps` are cut into parts of that many steps.
+struct ScanSize {
+  int64_t batch, groups, per_group, length;
+  int64_t height;  // of the images; 0: sequences
+  int64_t row_steps, column_unit, column_steps;
+  int64_t slots;        // chunks of the direction that has most
+  int64_t time_blocks;  // blocks along the steps of the direction that has most
+};
+
+// The chunks of one group.
+struct Walk {
+  bool columns, back;
+  int64_t unit, units, parts, length;
+  int steps;          // of a chunk, at most
+  int height, width;  // of the image, for columns only
+
+  QMIR_DEVICE Walk(const ScanSize& size, int64_t group)
+      : columns(size.height > 0 && group % 2 == 1), back(size.height > 0 && group >= 2),
+        unit(columns ? size.column_unit : size.row_steps),
+        units((size.length + unit - 1) / unit),
+        parts(columns ? (unit + size.column_steps - 1) / size.column_steps : 1),
+        length(size.length), steps((int)(columns ? size.column_steps : size.row_steps)),
+        height((int)size.height), width(columns ? (int)(size.length / size.height) : 0) {}
+
+  QMIR_DEVICE int64_t chunks() const { return units * parts; }
+};
+
+// One chunk; steps are counted from `start` of its unit in the order of memory.
+struct Span {
+  int64_t unit, chunk;
+  int start, count;  // count 0: there is no such chunk
+};
+
+// One step of a tile: its place within a plane (an image or a sequence of one channel).
+struct Place {
+  int64_t at;
+  int t;  // step within the tile, in the order of the scan
+  bool inside;
+};
+
+template <int kWarps>
+struct ScanBlock {
+  static_assert(kWarp % kWarps == 0 && kTile * kWarps >= kWarp, "warps of a block share tiles");
+  Walk walk;
+  int64_t sample, group, channel;  // channel of lane 0 within its group
+  int64_t first_unit, part;
+  int channels;  // real ones; the other lanes work on nothing
+  int lane, warp;
+  Span own;     // of this warp
+  Span loaded;  // whose elements this thread loads
+
+  QMIR_DEVICE static int64_t blocks(const ScanSize& size) {
+    return (size.per_group + kWarp - 1) / kWarp;
+  }
+
+  QMIR_DEVICE explicit ScanBlock(const ScanSize& size)
+      : walk(size, (int64_t)blockIdx.x / size.time_blocks / blocks(size) % size.groups) {
+    const int64_t time = (int64_t)blockIdx.x % size.time_blocks;
+    const int64_t rest = (int64_t)blockIdx.x / size.time_blocks;
+    channel = rest % blocks(size) * kWarp;
+    group = rest / blocks(size) % size.groups;
+    sample = rest / blocks(size) / size.groups;
+    channels = (int)min_of<int64_t>(kWarp, size.per_group - channel);
+    part = time % walk.parts;
+    first_unit = time / walk.parts * kWarps;
+    lane = lane_id();
+    warp = warp_id();
+    own = span(warp);
+    loaded = walk.columns ? span(lane % kWarps) : own;
+  }
+
+  // The same for all threads of a block: another direction has more blocks.
+  QMIR_DEVICE bool idle() const { return first_unit >= walk.units; }
+
+  QMIR_DEVICE Span span(int owner) const {
+    Span s;
+    s.unit = first_unit + owner;
+    s.chunk = s.unit * walk.parts + part;
+    s.start = (int)part * walk.steps;
+    const int64_t rest = min_of(walk.length - s.unit * walk.unit, walk.unit) - s.start;
+    s.count = (int)clamp_to<int64_t>(rest, 0, walk.steps);
+    return s;
+  }
+
+  QMIR_DEVICE bool valid() const { return lane < channels; }
+
+  // Tiles of this warp's loop. Columns are loaded by all warps, which go on together.
+  QMIR_DEVICE int tiles() const {
+    return ((walk.columns ? walk.steps : own.count) + kTile - 1) / kTile;
+  }
+
+  QMIR_DEVICE static int steps_in(const Span& span, int tile) {
+    return clamp_to(span.count - tile * kTile, 0, kTile);
+  }
+
+  QMIR_DEVICE void sync() const {
+    if (walk.columns)
+      __syncthreads();
+    else
+      __syncwarp();
+  }
+
+  // Element i of a tile, in the order of memory.
+  QMIR_DEVICE Place place(int tile, int i) const {
+    const int steps = steps_in(loaded, tile);
+    const int done = tile * kTile;
+    const int q = loaded.start + (walk.back ? loaded.count - done - steps : done) + i;
+    Place p;
+    p.inside = i < steps;
+    p.t = walk.back ? steps - 1 - i : i;
+    if (walk.columns) {
+      const int column = q / walk.height;
+      p.at = (int64_t)(q - column * walk.height) * walk.width +
+             loaded.unit * (walk.unit / walk.height) + column;
+    } else {
+      p.at = loaded.unit * walk.unit + q;
+    }
+    return p;
+  }
+
+  // visit(owner, item, place) for kItems planes and the steps of a tile: those of this warp's chunk
+  // by its lanes, those of all the block's chunks by all threads where they lie side by side. A
+  // thread's visits go out kAhead at a time.
+  template <int kItems, int kAhead, class Visit>
+  QMIR_DEVICE void each(int tile, const Visit& visit) const {
+    if (walk.columns) {
+      constexpr int kRows = kWarp / kWarps;
+#pragma unroll
+      for (int first = 0; first < kTile; first += kRows) {
+        const Place p = place(tile, first + lane / kWarps);
+        if (!p.inside) continue;
+#pragma unroll kAhead
+        for (int item = warp; item < kItems; item += kWarps) visit(lane % kWarps, item, p);
+      }
+    } else {
+      const Place p = place(tile, lane % kTile);
+      if (!p.inside) return;
+#pragma unroll kAhead
+      for (int item = lane / kTile; item < kItems; item += kWarp / kTile) visit(warp, item, p);
+    }
+  }
+};
+
+// Where channel c of a warp's outputs keeps step t: without conflicts between banks for those who
+// write a step of 32 channels and for those who read the steps of two.
+QMIR_DEVICE int output_slot(int c, int t) { return c * kTile + (t ^ (c / 2 % kTile)); }
+constexpr int kOutputs = kWarp * kTile + 4;  // floats of a warp; 4 set the warps' banks apart
+
+// One state at the start of each chunk of a group, from the product of the chunk's decays and the
+// state that it ends with when it starts at zero: h <- decay * h + end. Written over `end`.
+QMIR_DEVICE void carry_states(const Walk& walk, const float* decay, float* end, int64_t stride) {
+  constexpr int kAhead = 8;  // loads in flight
+  float h = 0.0f;
+  const int64_t chunks = walk.chunks();
+  for (int64_t first = 0; first < chunks; first += kAhead) {
+    float decays[kAhead], ends[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t c = min_of(first + i, chunks - 1);
+      const int64_t at = (walk.back ? chunks - 1 - c : c) * stride;
+      decays[i] = decay[at];
+      ends[i] = end[at];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= chunks) break;
+      end[(walk.back ? chunks - 1 - first - i : first + i) * stride] = h;
+      // A product of growing decays may be infinite where there is no state to grow.
+      h = h == 0.0f ? ends[i] : decays[i] * h + ends[i];
+    }
+  }
+}
+
+}  // namespace qmir
