@@ -34,3 +34,7 @@ class CheckpointError(QmirError, ValueError):
 
 class ImageError(QmirError, ValueError):
     """An image file cannot be read safely (truncated, not an image, over the pixel limit)."""
+
+
+class DeviceError(QmirError, RuntimeError):
+    """A device cannot run a kernel: driver, package, architecture, memory or tensors are wrong."""

@@ -1,0 +1,1 @@
+"""CUDA target: importing it registers the kernels (compiled by NVRTC on first call)."""
