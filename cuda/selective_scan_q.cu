@@ -3,6 +3,7 @@
 // Compiled for QMIR_STATES states, QMIR_TABLE 1 where the decays are a table, QMIR_WARPS warps.
 #include "scan_q_chunks.cuh"
 
+constexpr bool kImage = false;
 constexpr int kStates = QMIR_STATES;
 constexpr bool kTable = QMIR_TABLE != 0;
 constexpr int kWarps = QMIR_WARPS;
@@ -12,15 +13,15 @@ extern "C" __global__ void __launch_bounds__(256) qmir_selective_scan_q_table(QM
                                          (int)code_min, (int)code_count, softplus != 0, table);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 20 ? 2 : 1) qmir_selective_scan_q_local(QMIR_SCAN_Q_PARAMETERS) {
-  qmir::scan_q_chunks<kStates, kTable, false, kWarps>(QMIR_SCAN_Q, a);
+extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 ? 2 : 1) qmir_selective_scan_q_local(QMIR_SCAN_Q_PARAMETERS) {
+  qmir::scan_q_chunks<kImage, kStates, kTable, false, kWarps>(QMIR_SCAN_Q, a);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     qmir_selective_scan_q_carry(const float* decay, float* end, QMIR_SCAN_SIZES) {
-  qmir::carry_scan<kStates>(QMIR_SCAN_SIZE, decay, end);
+  qmir::carry_scan<kImage, kStates>(QMIR_SCAN_SIZE, decay, end);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 20 ? 2 : 1) qmir_selective_scan_q_apply(QMIR_SCAN_Q_PARAMETERS) {
-  qmir::scan_q_chunks<kStates, kTable, true, kWarps>(QMIR_SCAN_Q, a);
+extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 ? 2 : 1) qmir_selective_scan_q_apply(QMIR_SCAN_Q_PARAMETERS) {
+  qmir::scan_q_chunks<kImage, kStates, kTable, true, kWarps>(QMIR_SCAN_Q, a);
 }

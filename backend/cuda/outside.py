@@ -2,9 +2,10 @@
 
 Kernels read no memory beyond their table: from such a code on, the outputs of its channel are NaN,
 and a flag is set. On a GPU the flag lies in pinned memory that the kernels write to, only in this
-case, and that the host looks at when the operator is called next: an error then names the operator.
-Nothing is copied or waited for, also while a CUDA graph is captured (the first call, which
-allocates the flag, must come before). On other devices the error is raised at once.
+case, and that the host looks at when the operator is called next: that call fails, and its message
+says which one it means. Nothing is copied or waited for, also while a CUDA graph is captured (the
+first call, which allocates the flag, must come before). On other devices the error is raised at
+once.
 """
 
 from collections.abc import Iterator
@@ -16,14 +17,22 @@ from torch import Tensor
 from qmir_ao.ops._integer import require
 from qmir_ao.ops.selective_scan_q import ScanArgs, delta_codes_error
 
-_flags: dict[tuple[str, torch.device], Tensor] = {}
+
+class _Watch:
+    """The flag of one operator on one device, and what to say where it is set."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self.flag = flag
+        self.message = ""
+
+    def check(self, when: str = "") -> None:
+        found = int(self.flag[0])
+        if found:
+            self.flag.zero_()
+        require(not found, lambda: self.message + when)
 
 
-def _raise_if_set(op: str, flag: Tensor, scan: ScanArgs, when: str = "") -> None:
-    found = int(flag[0])
-    flag.zero_()
-    message = delta_codes_error(scan.delta_quant_min, scan.delta_quant_max, op)
-    require(not found, lambda: f"{message}{when}")
+_watches: dict[tuple[str, torch.device], _Watch] = {}
 
 
 @contextmanager
@@ -34,13 +43,14 @@ def watched(op: str, scan: ScanArgs) -> Iterator[Tensor]:
         RuntimeError: a code of delta was out of range: now, or on a GPU in an earlier call.
     """
     device = scan.u.device
-    if device.type != "cuda":
-        flag = torch.zeros(1, dtype=torch.int32, device=device)
-        yield flag
-        _raise_if_set(op, flag, scan)
-        return
-    if (op, device) not in _flags:
-        _flags[op, device] = torch.zeros(1, dtype=torch.int32).pin_memory()
-    flag = _flags[op, device]
-    _raise_if_set(op, flag, scan, when=" (found in an earlier call, whose result holds NaN)")
-    yield flag
+    key = (op, device)
+    on_gpu = device.type == "cuda"
+    if not on_gpu or key not in _watches:
+        flag = torch.zeros(1, dtype=torch.int32)
+        _watches[key] = _Watch(flag.pin_memory() if on_gpu else flag)
+    watch = _watches[key]
+    watch.check(when=" (in an earlier call, whose result holds NaN)")
+    watch.message = delta_codes_error(scan.delta_quant_min, scan.delta_quant_max, op)
+    yield watch.flag
+    if not on_gpu:
+        watch.check()

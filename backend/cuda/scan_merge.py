@@ -11,9 +11,7 @@ MOST_BLOCKS = 4096
 """Enough for every GPU; a thread goes on with further elements."""
 
 
-def merge(
-    launch: Launcher, op: str, parts: Tensor, y: Tensor, defines: Mapping[str, int]
-) -> None:
+def merge(launch: Launcher, op: str, parts: Tensor, y: Tensor, defines: Mapping[str, int]) -> None:
     """Write (rows + rows back) + (columns + columns back) to `y`.
 
     Args:

@@ -18,7 +18,7 @@ TABLE_BYTES = 48 * 1024
 REGISTER_STATES = 32
 """States whose rates stay in registers (kRegisterStates)."""
 
-PAIRED_STATES = 20
+PAIRED_STATES = 16
 """States up to which the kernels' registers let two blocks share a multiprocessor."""
 
 SHARED_BYTES = {True: (164 * 1024 - 2 * 1024) // 2, False: 99 * 1024}
@@ -78,9 +78,7 @@ def variant_of(scan: ScanArgs) -> Variant:
     return variant(scan.A.shape[1], scan.delta_quant_max - scan.delta_quant_min + 1)
 
 
-def make_table(
-    launch: Launcher, op: str, scan: ScanArgs, size: ScanSize, kind: Variant
-) -> Tensor:
+def make_table(launch: Launcher, op: str, scan: ScanArgs, size: ScanSize, kind: Variant) -> Tensor:
     """Delta and decays of every code, float32 (G, K, blocks, codes, row * 32).
 
     A block is 32 channels of a group, its last dimension as `row_slot` of scan_q_chunks.cuh says.
@@ -90,9 +88,7 @@ def make_table(
     shape = (groups, size.groups, blocks, kind.codes, kind.row * WARP)
     # Lanes without a channel go through the motions; zeros keep them from work on garbage.
     full = size.per_group % WARP == 0
-    table = (torch.empty if full else torch.zeros)(
-        shape, dtype=torch.float32, device=scan.A.device
-    )
+    table = (torch.empty if full else torch.zeros)(shape, dtype=torch.float32, device=scan.A.device)
     bias = None if scan.delta_bias is None else dense(scan.delta_bias)
     threads = groups * size.groups * blocks * kind.codes * WARP
     launch(

@@ -139,7 +139,7 @@ struct ScanQStage {
 
 // One warp's chunk: with kApply its outputs, from the state that was carried to it; otherwise the
 // product of its decays and its last state, from zero.
-template <int kStates, bool kTable, bool kApply, int kWarps>
+template <bool kImage, int kStates, bool kTable, bool kApply, int kWarps>
 struct ChunkQ {
   using Stage = ScanQStage<kStates, kTable, kWarps>;
   static constexpr int kRow = Stage::kRow;
@@ -147,7 +147,7 @@ struct ChunkQ {
   static constexpr bool kMany = kStates > kRegisterStates;
 
   const ScanQ& in;
-  const ScanBlock<kWarps>& block;
+  const ScanBlock<kImage, kWarps>& block;
   Stage stage;
   float u_step, u_shift, skip;
   bool missed;
@@ -161,7 +161,7 @@ struct ChunkQ {
     return (slot * kStates + n) * in.size.per_group + block.channel + block.lane;
   }
 
-  QMIR_DEVICE ChunkQ(const ScanQ& in, const ScanBlock<kWarps>& block, float* shared,
+  QMIR_DEVICE ChunkQ(const ScanQ& in, const ScanBlock<kImage, kWarps>& block, float* shared,
                      const float* a)
       : in(in), block(block), stage(shared, in.code_count, kApply),
         u_step(in.u.step_of(block.sample)), u_shift(in.u.shift_of(block.sample)), skip(0.0f),
@@ -184,7 +184,7 @@ struct ChunkQ {
   QMIR_DEVICE static float rate_of(float a) { return a * (float)1.4426950408889634; }
 
   QMIR_DEVICE void load_table() const {
-    const int64_t blocks = ScanBlock<kWarps>::blocks(in.size);
+    const int64_t blocks = ScanBlock<kImage, kWarps>::blocks(in.size);
     const int64_t g = in.table_groups > 1 ? block.sample : 0;
     const int64_t at = (g * in.size.groups + block.group) * blocks + block.channel / kWarp;
     const int quads = in.code_count * kRow * kWarp / 4;
@@ -198,7 +198,7 @@ struct ChunkQ {
     const float step = from.step_of(block.sample), shift = from.shift_of(block.sample);
     const uint8_t* plane =
         from.at + (block.sample * in.size.groups + block.group) * kStates * in.size.length;
-    block.template each<Stage::kQuads, kMany ? 1 : 4>(tile, [&](int owner, int quad, const Place& p) {
+    block.template each<Stage::kQuads, kMany ? 1 : 2>(tile, [&](int owner, int quad, const Place& p) {
       float value[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -212,14 +212,14 @@ struct ChunkQ {
 
   QMIR_DEVICE void load(int tile) const {
     // An image is shared by its four directions.
-    const int64_t groups = in.size.height > 0 ? 1 : in.size.groups;
-    const int64_t group = in.size.height > 0 ? 0 : block.group;
+    const int64_t groups = kImage ? 1 : in.size.groups;
+    const int64_t group = kImage ? 0 : block.group;
     const int64_t first = (block.sample * groups + group) * in.size.per_group + block.channel;
     const int64_t own =
         (block.sample * in.size.groups + block.group) * in.size.per_group + block.channel;
     const uint8_t* u = in.u.at + first * in.size.length;
     const uint8_t* delta = in.delta.at + own * in.size.length;
-    block.template each<kWarp, kMany ? 4 : 8>(tile, [&](int owner, int item, const Place& p) {
+    block.template each<kWarp, 4>(tile, [&](int owner, int item, const Place& p) {
       const int64_t at = min_of(item, block.channels - 1) * in.size.length + p.at;
       stage.u_codes(owner, item)[p.t] = __ldg(u + at);
       stage.delta_codes(owner, item)[p.t] = __ldg(delta + at);
@@ -277,25 +277,15 @@ struct ChunkQ {
     const int steps = block.steps_in(block.own, tile);
     const uint8_t* u = stage.u_codes(block.warp, block.lane);
     const uint8_t* delta = stage.delta_codes(block.warp, block.lane);
-    if (steps == kTile) {
-#pragma unroll 1
-      for (int t = 0; t < kTile; t += 4) {
-        const uint32_t u4 = *reinterpret_cast<const uint32_t*>(u + t);
-        const uint32_t delta4 = *reinterpret_cast<const uint32_t*>(delta + t);
 #pragma unroll kMany ? 1 : 4
-        for (int i = 0; i < 4; ++i) step(t + i, u4 >> 8 * i & 255, delta4 >> 8 * i & 255);
-      }
-    } else {
-#pragma unroll 1
-      for (int t = 0; t < steps; ++t) step(t, u[t], delta[t]);
-    }
+    for (int t = 0; t < steps; ++t) step(t, u[t], delta[t]);
   }
 
   QMIR_DEVICE void store(int tile) const {
     const int64_t first =
         (block.sample * in.size.groups + block.group) * in.size.per_group + block.channel;
     float* y = in.y + first * in.size.length;
-    block.template each<kWarp, kMany ? 4 : 8>(tile, [&](int owner, int item, const Place& p) {
+    block.template each<kWarp, 4>(tile, [&](int owner, int item, const Place& p) {
       if (item < block.channels)
         y[item * in.size.length + p.at] = stage.y[owner * kOutputs + output_slot(item, p.t)];
     });
@@ -325,23 +315,23 @@ struct ChunkQ {
   }
 };
 
-template <int kStates, bool kTable, bool kApply, int kWarps>
+template <bool kImage, int kStates, bool kTable, bool kApply, int kWarps>
 QMIR_DEVICE void scan_q_chunks(const ScanQ& in, const float* a) {
   QMIR_DYNAMIC_SHARED(float, shared);
-  const ScanBlock<kWarps> block(in.size);
+  const ScanBlock<kImage, kWarps> block(in.size);
   if (block.idle()) return;
-  ChunkQ<kStates, kTable, kApply, kWarps> chunk(in, block, shared, a);
+  ChunkQ<kImage, kStates, kTable, kApply, kWarps> chunk(in, block, shared, a);
   chunk.run();
 }
 
 // A thread is one state of one channel.
-template <int kStates>
+template <bool kImage, int kStates>
 QMIR_DEVICE void carry_scan(const ScanSize& size, const float* decay, float* end) {
   const int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   const int64_t stride = kStates * size.per_group, row = thread / stride;
   if (row >= size.batch * size.groups) return;
   const int64_t at = row * size.slots * stride + thread % stride;
-  carry_states(Walk(size, row % size.groups), decay + at, end + at, stride);
+  carry_states(Walk<kImage>(size, row % size.groups), decay + at, end + at, stride);
 }
 
 }  // namespace qmir

@@ -23,7 +23,8 @@ struct ScanSize {
   int64_t time_blocks;  // blocks along the steps of the direction that has most
 };
 
-// The chunks of one group.
+// The chunks of one group, of images or of sequences.
+template <bool kImage>
 struct Walk {
   bool columns, back;
   int64_t unit, units, parts, length;
@@ -31,7 +32,7 @@ struct Walk {
   int height, width;  // of the image, for columns only
 
   QMIR_DEVICE Walk(const ScanSize& size, int64_t group)
-      : columns(size.height > 0 && group % 2 == 1), back(size.height > 0 && group >= 2),
+      : columns(kImage && group % 2 == 1), back(kImage && group >= 2),
         unit(columns ? size.column_unit : size.row_steps),
         units((size.length + unit - 1) / unit),
         parts(columns ? (unit + size.column_steps - 1) / size.column_steps : 1),
@@ -54,10 +55,10 @@ struct Place {
   bool inside;
 };
 
-template <int kWarps>
+template <bool kImage, int kWarps>
 struct ScanBlock {
   static_assert(kWarp % kWarps == 0 && kTile * kWarps >= kWarp, "warps of a block share tiles");
-  Walk walk;
+  Walk<kImage> walk;
   int64_t sample, group, channel;  // channel of lane 0 within its group
   int64_t first_unit, part;
   int channels;  // real ones; the other lanes work on nothing
@@ -110,7 +111,7 @@ struct ScanBlock {
   }
 
   QMIR_DEVICE void sync() const {
-    if (walk.columns)
+    if (kImage && walk.columns)
       __syncthreads();
     else
       __syncwarp();
@@ -139,20 +140,24 @@ struct ScanBlock {
   // thread's visits go out kAhead at a time.
   template <int kItems, int kAhead, class Visit>
   QMIR_DEVICE void each(int tile, const Visit& visit) const {
-    if (walk.columns) {
-      constexpr int kRows = kWarp / kWarps;
+    if constexpr (kImage) {
+      if (walk.columns) return each_of_columns<kItems, kAhead>(tile, visit);
+    }
+    const Place p = place(tile, lane % kTile);
+    if (!p.inside) return;
+#pragma unroll kAhead
+    for (int item = lane / kTile; item < kItems; item += kWarp / kTile) visit(warp, item, p);
+  }
+
+  template <int kItems, int kAhead, class Visit>
+  QMIR_DEVICE void each_of_columns(int tile, const Visit& visit) const {
+    constexpr int kRows = kWarp / kWarps;
 #pragma unroll
-      for (int first = 0; first < kTile; first += kRows) {
-        const Place p = place(tile, first + lane / kWarps);
-        if (!p.inside) continue;
+    for (int first = 0; first < kTile; first += kRows) {
+      const Place p = place(tile, first + lane / kWarps);
+      if (!p.inside) continue;
 #pragma unroll kAhead
-        for (int item = warp; item < kItems; item += kWarps) visit(lane % kWarps, item, p);
-      }
-    } else {
-      const Place p = place(tile, lane % kTile);
-      if (!p.inside) return;
-#pragma unroll kAhead
-      for (int item = lane / kTile; item < kItems; item += kWarp / kTile) visit(warp, item, p);
+      for (int item = warp; item < kItems; item += kWarps) visit(lane % kWarps, item, p);
     }
   }
 };
@@ -164,7 +169,8 @@ constexpr int kOutputs = kWarp * kTile + 4;  // floats of a warp; 4 set the warp
 
 // One state at the start of each chunk of a group, from the product of the chunk's decays and the
 // state that it ends with when it starts at zero: h <- decay * h + end. Written over `end`.
-QMIR_DEVICE void carry_states(const Walk& walk, const float* decay, float* end, int64_t stride) {
+template <bool kImage>
+QMIR_DEVICE void carry_states(const Walk<kImage>& walk, const float* decay, float* end, int64_t stride) {
   constexpr int kAhead = 8;  // loads in flight
   float h = 0.0f;
   const int64_t chunks = walk.chunks();

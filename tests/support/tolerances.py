@@ -54,9 +54,32 @@ def scan_q_roundings(steps: int, states: int, exponent: float, offset: float) ->
     exp(delta*A): its exponent is off by exponent * (3 * offset + 5), exp itself by 2, multiply and
     add by 2. Outside the recurrence: u, B and C (2 each), delta once more, x, x*B, C*h (1 each),
     the sum over states, and D*u.
+
+    Kernels that cut the sequence into chunks multiply a state that crosses a chunk by the product
+    of its decays: one rounding of each step instead of two, and two for the carry, which a chunk of
+    two steps or more has saved. The add of a chunk's own end takes the place of the first step's,
+    whose state was zero. So the bound holds for them as well.
     """
     per_step = exponent * (3.0 * offset + 5.0) + 4.0
     return steps * per_step + states + 3.0 * offset + 16.0
+
+
+def scan_q_computed_roundings(steps: int, states: int, exponent: float, offset: float) -> float:
+    """The same where decays are not in a table but computed, 2^(delta * fl(A * log2 e)).
+
+    The rate is rounded once more than A: one more on the exponent, which exp turns into `exponent`
+    relatively. The GPU's 2^x is off by 2^-22 at most (PTX manual, ex2.approx.ftz), 4 instead of 2.
+    """
+    return scan_q_roundings(steps, states, exponent, offset) + steps * (exponent + 2.0)
+
+
+# The sum of four directions' images, (a + b) + (c + d), rounds each of them twice.
+DIRECTION_SUM_ROUNDINGS = 2.0
+
+# Two tables of a scan, from equal operands: z = step*code - shift + bias is the same in both, exp
+# and log1p are off by a unit in the last place (2u, u = 2^-24) each in both, and log1p passes a
+# relative error on at most once. 2 * (2u + 2u); decays from one delta are closer.
+SCAN_TABLE = 8 * 2.0**-24
 
 
 def operator_error_steps(taps: int, act_bits: int, weight_bits: int) -> float:
