@@ -9,6 +9,7 @@ DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NVRTC := $(VENV)/nvrtc/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint install clean
@@ -27,7 +28,7 @@ demo test: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(STAMP)
 	$(BIN)/qmir demo --output demo $(DEMO_ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(NVRTC)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)
@@ -53,6 +54,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
 	  -e ".[recipes,dev]" -c constraints.txt
 	@touch $@
+
+# Compilers for the proof that the CUDA kernels compile. Without them those tests are skipped.
+$(NVRTC): tests/support/nvrtc.txt | $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --upgrade \
+	  --target $(VENV)/nvrtc --no-deps -r $< && touch $@ || \
+	  echo "note: no NVRTC for this machine; the tests that compile CUDA kernels are skipped" >&2
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info

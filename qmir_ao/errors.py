@@ -3,6 +3,8 @@
 Every message says what was got, what is allowed, where, and how to fix it.
 """
 
+import torch
+
 
 class QmirError(Exception):
     """Base class of every error that qmir_ao raises on purpose."""
@@ -38,3 +40,7 @@ class ImageError(QmirError, ValueError):
 
 class DeviceError(QmirError, RuntimeError):
     """A device cannot run a kernel: driver, package, architecture, memory or tensors are wrong."""
+
+
+class DeviceMemoryError(QmirError, torch.OutOfMemoryError):
+    """The memory of a device is too small for an operator."""

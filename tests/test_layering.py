@@ -21,6 +21,7 @@ LAYERS = {*MAY_IMPORT, "qmir_ao.api"}
 # Optional third parties, each allowed in one folder, and what nobody may import at all.
 AT_HOME = {
     "cupy": "backend/cuda",
+    "cupy_backends": "backend/cuda",
     "onnx": "backend/onnx",
     "onnxscript": "backend/onnx",
     "onnxruntime": "backend/onnx",

@@ -40,9 +40,9 @@ class Launcher(Protocol):
             kernel: C name of the kernel.
             grid: blocks in x, y and z.
             block: threads in x, y and z.
-            args: in the kernel's order. A tensor is passed as the address of its first element, None
-                as a null pointer, an int as 64 bits (`int` or `int64_t` in the kernel), a float as
-                float32.
+            args: in the kernel's order. A tensor is passed as the address of its first element,
+                None as a null pointer, an int as 64 bits (`int` or `int64_t` in the kernel), a
+                float as float32.
             shared: bytes of dynamic shared memory.
             defines: preprocessor constants of this variant.
         """
@@ -89,5 +89,5 @@ def dense(x: Tensor) -> Tensor:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Quotient of two positive integers, rounded up."""
     return -(-a // b)

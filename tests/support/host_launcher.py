@@ -23,7 +23,15 @@ from qmir_ao.backend.cuda.launch import NO_DEFINES, Argument, Size3, check_sizes
 HERE = Path(__file__).resolve().parent / "cuda_host"
 # As NVRTC is told in backend/cuda/module.py: no contraction. Undefined behaviour is reported by
 # handlers in cuda_host/memory.h; variables that nobody wrote hold garbage.
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+]
 FLAGS += ["-fsanitize=undefined", "-fno-sanitize=vptr,float-cast-overflow", "-fno-sanitize-recover"]
 FLAGS += ["-ftrivial-auto-var-init=pattern", "-Wall", "-Wno-attributes", "-Wno-unused"]
 FLAGS += ["-fvisibility=hidden", "-fno-gnu-unique"]
@@ -229,7 +237,9 @@ class _Buffers:
             )
             self.copies.append((begin, end, copy))
 
-    def slot(self, a: Argument, letter: str) -> "ctypes._SimpleCData[int] | ctypes._SimpleCData[float]":
+    def slot(
+        self, a: Argument, letter: str
+    ) -> "ctypes._SimpleCData[int] | ctypes._SimpleCData[float]":
         if a is None:
             return ctypes.c_uint64(0)
         if isinstance(a, torch.Tensor):

@@ -97,7 +97,9 @@ def test_forbidden_accesses_and_waits_are_named(bad: Path, name: str) -> None:
         try:
             run(bad, name, seed, fixed=False)
         except HostKernelError as error:
-            assert torch.tensor([part in str(error) for part in (f"qmir_{name}", f"seed {seed}")]).all()
+            assert torch.tensor(
+                [part in str(error) for part in (f"qmir_{name}", f"seed {seed}")]
+            ).all()
             with pytest.raises(HostKernelError, match=message):
                 raise error
             caught += 1
@@ -166,7 +168,10 @@ def test_sums_do_not_depend_on_the_order_of_threads() -> None:
     ("change", "message"),
     [
         ({"args": [torch.zeros(4), torch.zeros(4), 1.5]}, "takes arguments ppl, got ppf"),
-        ({"kernel": "qmir_other"}, "no kernel qmir_other; there are: qmir_.*, qmir_missing_barrier"),
+        (
+            {"kernel": "qmir_other"},
+            "no kernel qmir_other; there are: qmir_.*, qmir_missing_barrier",
+        ),
         ({"shared": 2**20}, "bytes of shared memory"),
     ],
 )

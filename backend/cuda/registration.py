@@ -1,0 +1,69 @@
+"""Register a CUDA kernel for the CUDA key of an operator, and list the variants of its source."""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmir_ao.backend.cuda.launch import NO_DEFINES, check_device
+from qmir_ao.backend.cuda.module import launcher
+from qmir_ao.errors import DeviceMemoryError
+
+LIBRARY = torch.library.Library("qmir", "IMPL", "CUDA")
+KERNELS: dict[str, Callable[..., Any]] = {}
+"""Operator name to `launch(launcher, *operator_args)`, which tests call with a simulator."""
+
+_VARIANTS: dict[str, list[Mapping[str, int]]] = {}
+
+
+def declare_variants(source: str, variants: Sequence[Mapping[str, int]]) -> None:
+    """Name all preprocessor constants with which `cuda/<source>.cu` is compiled.
+
+    Args:
+        source: name of the source, without `.cu`.
+        variants: every set of constants that a launch may ask for.
+    """
+    known = _VARIANTS.setdefault(source, [])
+    known.extend(v for v in variants if v not in known)
+
+
+def variants(source: str) -> Sequence[Mapping[str, int]]:
+    """Constants with which a source is compiled; sources that declared none have no constants."""
+    return _VARIANTS.get(source, [NO_DEFINES])
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+def cuda_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate `launch(launcher, *operator_args)` as the CUDA kernel of `qmir::<name>`.
+
+    Args:
+        name: operator name without namespace.
+        reference: implementation that runs, on the GPU as well, where QMIR_DISABLE_NATIVE is 1.
+    """
+
+    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(launch)
+        def kernel(*args: Any) -> Any:
+            device = check_device(name, *_tensors(args))
+            if os.environ.get("QMIR_DISABLE_NATIVE") == "1":
+                return reference(*args)
+            try:
+                with torch.cuda.device(device):
+                    return launch(launcher(), *args)
+            except torch.OutOfMemoryError as error:
+                raise DeviceMemoryError(
+                    f"qmir::{name} does not fit into the memory of {device}: {error}. "
+                    "Use smaller images, tiles or batches"
+                ) from error
+
+        LIBRARY.impl(name, kernel)
+        KERNELS[name] = launch
+        return launch
+
+    return register
