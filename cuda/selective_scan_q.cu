@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 
 
 extern "C" __global__ void __launch_bounds__(256)
     qmir_selective_scan_q_carry(const float* decay, float* end, QMIR_SCAN_SIZES) {
-  qmir::carry_scan<kImage, kStates>(QMIR_SCAN_SIZE, decay, end);
+  qmir::carry_scan<kImage, false>(QMIR_SCAN_SIZE, kStates, decay, end);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 ? 2 : 1) qmir_selective_scan_q_apply(QMIR_SCAN_Q_PARAMETERS) {

@@ -1,8 +1,9 @@
 """Report codes of delta outside of their range, without waiting for the GPU.
 
 Kernels read no memory beyond their table: from such a code on, the outputs of its channel are NaN,
-and a flag is set. On a GPU the flag lies in pinned memory that the kernels write to, only in this
-case, and that the host looks at when the operator is called next: that call fails, and its message
+and a flag is set. On a GPU the flag lies in pinned host memory, which has one address for both
+(unified addressing); the kernels write to it in this case only, and the host looks at it when the
+operator is called next: that call fails, and its message
 says which one it means. Nothing is copied or waited for, also while a CUDA graph is captured (the
 first call, which allocates the flag, must come before). On other devices the error is raised at
 once.
@@ -36,8 +37,8 @@ _watches: dict[tuple[str, torch.device], _Watch] = {}
 
 
 @contextmanager
-def watched(op: str, scan: ScanArgs) -> Iterator[Tensor]:
-    """Give the flag, int32 (1,), that the kernels of `op` set to 1.
+def watched(op: str, scan: ScanArgs) -> Iterator[Tensor | int]:
+    """Give the flag that the kernels of `op` set to 1: int32 (1,), on a GPU its address.
 
     Raises:
         RuntimeError: a code of delta was out of range: now, or on a GPU in an earlier call.
@@ -51,6 +52,6 @@ def watched(op: str, scan: ScanArgs) -> Iterator[Tensor]:
     watch = _watches[key]
     watch.check(when=" (in an earlier call, whose result holds NaN)")
     watch.message = delta_codes_error(scan.delta_quant_min, scan.delta_quant_max, op)
-    yield watch.flag
+    yield watch.flag.data_ptr() if on_gpu else watch.flag
     if not on_gpu:
         watch.check()

@@ -73,6 +73,10 @@ def variant(states: int, codes: int) -> Variant:
     return next(v for v in sizes if v.shared(apply=True) <= limit)
 
 
+DECLARED = [variant(states, codes).defines for states, codes in ((10, 16), (16, 16), (16, 256))]
+"""Constants of MambaIR's variants, which the tests compile; others compile on their first run."""
+
+
 def variant_of(scan: ScanArgs) -> Variant:
     """The kernels for these operands."""
     return variant(scan.A.shape[1], scan.delta_quant_max - scan.delta_quant_min + 1)
@@ -110,7 +114,7 @@ def run_chunks(
     size: ScanSize,
     kind: Variant,
     table: Tensor,
-    outside: Tensor,
+    outside: Tensor | int,
 ) -> Tensor:
     """Outputs of all groups, float32 (B, K, E / K, L); images keep the order of their pixels.
 
@@ -121,7 +125,7 @@ def run_chunks(
         size: how they are cut.
         kind: kernels to take.
         table: from `make_table`.
-        outside: int32, set to 1 where a code of delta lies outside of its range.
+        outside: int32 or its address, set to 1 where a code of delta lies outside of its range.
     """
     device = scan.A.device
     y = torch.empty(

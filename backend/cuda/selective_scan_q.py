@@ -7,13 +7,16 @@ from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Launcher
 from qmir_ao.backend.cuda.outside import watched
+from qmir_ao.backend.cuda.registration import cuda_kernel, declare_variants
 from qmir_ao.backend.cuda.scan_chunks import sequences
-from qmir_ao.backend.cuda.scan_q import MAX_STATES, make_table, run_chunks, variant_of
+from qmir_ao.backend.cuda.scan_q import DECLARED, MAX_STATES, make_table, run_chunks, variant_of
 from qmir_ao.ops.selective_scan_q import ScanArgs, check_scan, selective_scan_q_ref
 
 OP = "selective_scan_q"
+declare_variants(OP, DECLARED)
 
 
+@cuda_kernel(OP, selective_scan_q_ref)
 def launch_selective_scan_q(
     launch: Launcher, *args: Any, steps: int | None = None, table: Tensor | None = None
 ) -> Tensor:

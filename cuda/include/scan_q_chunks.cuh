@@ -104,11 +104,9 @@ constexpr int kRegisterStates = 32;
 // Shared memory of a block: the table, rates of the channels where they lie here, then of each warp codes, B, C and outputs.
 template <int kStates, bool kTable, int kWarps>
 struct ScanQStage {
+  using Tile = ChannelTile<kWarps>;
   static constexpr int kRow = scan_row<kStates, kTable>;
-  static constexpr int kQuads = (kStates + 3) / 4;
-  // Odd, so that 8 steps lie in different banks.
-  static constexpr int kPitch = kQuads | 1;
-  static constexpr int kProjection = (kTile * kPitch + 1) * 4;
+  using Projection = ProjectionTile<kStates>;
   static constexpr int kCodePitch = kTile + 4;
   static constexpr int kCodes = 2 * kWarp * kCodePitch + 4;  // bytes of a warp
   // With many states their rates do not fit into registers.
@@ -121,9 +119,9 @@ struct ScanQStage {
     table = shared;
     rates = table + code_count * kRow * kWarp;
     b = rates + kRates;
-    c = b + kWarps * kProjection;
-    y = c + (apply ? kWarps * kProjection : 0);
-    codes = reinterpret_cast<uint8_t*>(y + (apply ? kWarps * kOutputs : 0));
+    c = b + kWarps * Projection::kFloats;
+    y = c + (apply ? kWarps * Projection::kFloats : 0);
+    codes = reinterpret_cast<uint8_t*>(y + (apply ? kWarps * Tile::kFloats : 0));
   }
 
   QMIR_DEVICE uint8_t* u_codes(int owner, int channel) const {
@@ -132,9 +130,6 @@ struct ScanQStage {
   QMIR_DEVICE uint8_t* delta_codes(int owner, int channel) const {
     return u_codes(owner, channel) + kWarp * kCodePitch;
   }
-  QMIR_DEVICE float* projection(float* base, int owner, int t, int quad) const {
-    return base + owner * kProjection + (t * kPitch + quad) * 4;
-  }
 };
 
 // One warp's chunk: with kApply its outputs, from the state that was carried to it; otherwise the
@@ -142,6 +137,8 @@ struct ScanQStage {
 template <bool kImage, int kStates, bool kTable, bool kApply, int kWarps>
 struct ChunkQ {
   using Stage = ScanQStage<kStates, kTable, kWarps>;
+  using Tile = typename Stage::Tile;
+  using Projection = typename Stage::Projection;
   static constexpr int kRow = Stage::kRow;
   // Many states leave few registers for loads and steps under way.
   static constexpr bool kMany = kStates > kRegisterStates;
@@ -193,20 +190,12 @@ struct ChunkQ {
     for (int i = (int)threadIdx.x; i < quads; i += kWarps * kWarp) to[i] = from[i];
   }
 
-  // Codes of four states at one step, as values.
   QMIR_DEVICE void load_projection(const CodeSource& from, float* base, int tile) const {
     const float step = from.step_of(block.sample), shift = from.shift_of(block.sample);
     const uint8_t* plane =
         from.at + (block.sample * in.size.groups + block.group) * kStates * in.size.length;
-    block.template each<Stage::kQuads, kMany ? 1 : 2>(tile, [&](int owner, int quad, const Place& p) {
-      float value[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = min_of(4 * quad + i, kStates - 1);
-        value[i] = code_value(from.code(__ldg(plane + n * in.size.length + p.at)), step, shift);
-      }
-      *reinterpret_cast<float4*>(stage.projection(base, owner, p.t, quad)) =
-          make_float4(value[0], value[1], value[2], value[3]);
+    Projection::template fill<kMany ? 1 : 2>(block, tile, base, [&](int n, int64_t at) {
+      return code_value(from.code(__ldg(plane + n * in.size.length + at)), step, shift);
     });
   }
 
@@ -241,14 +230,10 @@ struct ChunkQ {
     const float x = out ? NAN : dt * value;
     float sum = 0.0f;
 #pragma unroll
-    for (int quad = 0; quad < Stage::kQuads; ++quad) {
-      const float4 b4 =
-          *reinterpret_cast<const float4*>(stage.projection(stage.b, block.warp, t, quad));
-      const float b[4] = {b4.x, b4.y, b4.z, b4.w};
-      float4 c4 = b4;
-      if constexpr (kApply)
-        c4 = *reinterpret_cast<const float4*>(stage.projection(stage.c, block.warp, t, quad));
-      const float c[4] = {c4.x, c4.y, c4.z, c4.w};
+    for (int quad = 0; quad < Projection::kQuads; ++quad) {
+      float b[4], c[4];
+      Projection::load(stage.b, block.warp, t, quad, b);
+      if constexpr (kApply) Projection::load(stage.c, block.warp, t, quad, c);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int n = 4 * quad + i;
@@ -269,7 +254,7 @@ struct ChunkQ {
       }
     }
     if constexpr (kApply)
-      stage.y[block.warp * kOutputs + output_slot(block.lane, t)] =
+      stage.y[block.warp * Tile::kFloats + Tile::slot(block.lane, t)] =
           in.d ? sum + skip * value : sum;
   }
 
@@ -287,7 +272,7 @@ struct ChunkQ {
     float* y = in.y + first * in.size.length;
     block.template each<kWarp, 4>(tile, [&](int owner, int item, const Place& p) {
       if (item < block.channels)
-        y[item * in.size.length + p.at] = stage.y[owner * kOutputs + output_slot(item, p.t)];
+        y[item * in.size.length + p.at] = stage.y[owner * Tile::kFloats + Tile::slot(item, p.t)];
     });
   }
 
@@ -324,28 +309,9 @@ QMIR_DEVICE void scan_q_chunks(const ScanQ& in, const float* a) {
   chunk.run();
 }
 
-// A thread is one state of one channel.
-template <bool kImage, int kStates>
-QMIR_DEVICE void carry_scan(const ScanSize& size, const float* decay, float* end) {
-  const int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  const int64_t stride = kStates * size.per_group, row = thread / stride;
-  if (row >= size.batch * size.groups) return;
-  const int64_t at = row * size.slots * stride + thread % stride;
-  carry_states(Walk<kImage>(size, row % size.groups), decay + at, end + at, stride);
-}
-
 }  // namespace qmir
 
-// Parameters of the kernels, in the order of backend/cuda/scan_chunks.py.
-#define QMIR_SCAN_SIZES                                                                        \
-  long long batch, long long groups, long long per_group, long long length, long long height,  \
-      long long row_steps, long long column_unit, long long column_steps, long long slots,     \
-      long long time_blocks
-#define QMIR_SCAN_SIZE                                                                   \
-  qmir::ScanSize {                                                                       \
-    batch, groups, per_group, length, height, row_steps, column_unit, column_steps, slots, \
-        time_blocks                                                                      \
-  }
+// Parameters of the kernels, in the order of backend/cuda/scan_q.py.
 #define QMIR_SCAN_Q_PARAMETERS                                                                 \
   const uint8_t *u, const float *u_step, const float *u_shift, const uint8_t *delta,           \
       const uint8_t *b, const float *b_step, const float *b_shift, const uint8_t *c,           \

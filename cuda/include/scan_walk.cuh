@@ -10,7 +10,7 @@
 
 namespace qmir {
 
-constexpr int kTile = 16;  // steps that a warp holds in shared memory at once
+constexpr int kTile = 16;  // steps that a warp holds in shared memory at once, where nothing else is said
 
 // Sizes of a launch (backend/cuda/scan_chunks.py makes them). A unit is what the warps of a block
 // are apart: `row_steps` of a row; a column, or several where they are short. Columns longer than
@@ -55,9 +55,9 @@ struct Place {
   bool inside;
 };
 
-template <bool kImage, int kWarps>
+template <bool kImage, int kWarps, int kSteps = kTile>
 struct ScanBlock {
-  static_assert(kWarp % kWarps == 0 && kTile * kWarps >= kWarp, "warps of a block share tiles");
+  static_assert(kWarp % kWarps == 0 && kSteps * kWarps >= kWarp, "warps of a block share tiles");
   Walk<kImage> walk;
   int64_t sample, group, channel;  // channel of lane 0 within its group
   int64_t first_unit, part;
@@ -103,11 +103,11 @@ struct ScanBlock {
 
   // Tiles of this warp's loop. Columns are loaded by all warps, which go on together.
   QMIR_DEVICE int tiles() const {
-    return ((walk.columns ? walk.steps : own.count) + kTile - 1) / kTile;
+    return ((walk.columns ? walk.steps : own.count) + kSteps - 1) / kSteps;
   }
 
   QMIR_DEVICE static int steps_in(const Span& span, int tile) {
-    return clamp_to(span.count - tile * kTile, 0, kTile);
+    return clamp_to(span.count - tile * kSteps, 0, kSteps);
   }
 
   QMIR_DEVICE void sync() const {
@@ -120,7 +120,7 @@ struct ScanBlock {
   // Element i of a tile, in the order of memory.
   QMIR_DEVICE Place place(int tile, int i) const {
     const int steps = steps_in(loaded, tile);
-    const int done = tile * kTile;
+    const int done = tile * kSteps;
     const int q = loaded.start + (walk.back ? loaded.count - done - steps : done) + i;
     Place p;
     p.inside = i < steps;
@@ -143,17 +143,17 @@ struct ScanBlock {
     if constexpr (kImage) {
       if (walk.columns) return each_of_columns<kItems, kAhead>(tile, visit);
     }
-    const Place p = place(tile, lane % kTile);
+    const Place p = place(tile, lane % kSteps);
     if (!p.inside) return;
 #pragma unroll kAhead
-    for (int item = lane / kTile; item < kItems; item += kWarp / kTile) visit(warp, item, p);
+    for (int item = lane / kSteps; item < kItems; item += kWarp / kSteps) visit(warp, item, p);
   }
 
   template <int kItems, int kAhead, class Visit>
   QMIR_DEVICE void each_of_columns(int tile, const Visit& visit) const {
     constexpr int kRows = kWarp / kWarps;
 #pragma unroll
-    for (int first = 0; first < kTile; first += kRows) {
+    for (int first = 0; first < kSteps; first += kRows) {
       const Place p = place(tile, first + lane / kWarps);
       if (!p.inside) continue;
 #pragma unroll kAhead
@@ -162,35 +162,100 @@ struct ScanBlock {
   }
 };
 
-// Where channel c of a warp's outputs keeps step t: without conflicts between banks for those who
-// write a step of 32 channels and for those who read the steps of two.
-QMIR_DEVICE int output_slot(int c, int t) { return c * kTile + (t ^ (c / 2 % kTile)); }
-constexpr int kOutputs = kWarp * kTile + 4;  // floats of a warp; 4 set the warps' banks apart
+// A warp's tile of floats of 32 channels. Slots lie without conflicts between banks for those who
+// take one step of 32 channels, the steps of a few, or one step of a few channels of several warps.
+template <int kWarps, int kSteps = kTile>
+struct ChannelTile {
+  static constexpr int kFloats = kWarp * kSteps + kWarp / kWarps;
+
+  QMIR_DEVICE static int slot(int channel, int t) {
+    return channel * kSteps + (t ^ (channel / (kWarp / kSteps) % kSteps));
+  }
+};
+
+// A warp's tile of B or C, four states of a step at a time. kPitch is odd and so are the fours of a
+// warp: eight steps, and one step of eight warps, lie in different banks.
+template <int kStates, int kSteps = kTile>
+struct ProjectionTile {
+  static constexpr int kQuads = (kStates + 3) / 4;
+  static constexpr int kPitch = kQuads | 1;
+  static constexpr int kFloats = (kSteps * kPitch + 1) * 4;
+
+  QMIR_DEVICE static float* at(float* base, int owner, int t, int quad) {
+    return base + owner * kFloats + (t * kPitch + quad) * 4;
+  }
+
+  QMIR_DEVICE static void load(const float* base, int owner, int t, int quad, float (&four)[4]) {
+    const float4 v = *reinterpret_cast<const float4*>(base + owner * kFloats +
+                                                      (t * kPitch + quad) * 4);
+    four[0] = v.x;
+    four[1] = v.y;
+    four[2] = v.z;
+    four[3] = v.w;
+  }
+
+  // value(state, place) for all states at the steps of a tile.
+  template <int kAhead, class Block, class Value>
+  QMIR_DEVICE static void fill(const Block& block, int tile, float* base, const Value& value) {
+    block.template each<kQuads, kAhead>(tile, [&](int owner, int quad, const Place& p) {
+      float four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) four[i] = value(min_of(4 * quad + i, kStates - 1), p.at);
+      *reinterpret_cast<float4*>(at(base, owner, p.t, quad)) =
+          make_float4(four[0], four[1], four[2], four[3]);
+    });
+  }
+};
 
 // One state at the start of each chunk of a group, from the product of the chunk's decays and the
 // state that it ends with when it starts at zero: h <- decay * h + end. Written over `end`.
-template <bool kImage>
-QMIR_DEVICE void carry_states(const Walk<kImage>& walk, const float* decay, float* end, int64_t stride) {
+// Backwards in time for the gradient of the state, from the last chunk on.
+template <bool kReverse>
+QMIR_DEVICE void carry_states(int64_t chunks, bool back, const float* decay, float* end,
+                              int64_t stride) {
   constexpr int kAhead = 8;  // loads in flight
+  const bool from_end = back != kReverse;
   float h = 0.0f;
-  const int64_t chunks = walk.chunks();
   for (int64_t first = 0; first < chunks; first += kAhead) {
     float decays[kAhead], ends[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t c = min_of(first + i, chunks - 1);
-      const int64_t at = (walk.back ? chunks - 1 - c : c) * stride;
+      const int64_t at = (from_end ? chunks - 1 - c : c) * stride;
       decays[i] = decay[at];
       ends[i] = end[at];
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= chunks) break;
-      end[(walk.back ? chunks - 1 - first - i : first + i) * stride] = h;
+      end[(from_end ? chunks - 1 - first - i : first + i) * stride] = h;
       // A product of growing decays may be infinite where there is no state to grow.
       h = h == 0.0f ? ends[i] : decays[i] * h + ends[i];
     }
   }
 }
 
+// A thread carries one of `rows` values of one channel, of tensors (batch, groups, slots, rows,
+// per_group).
+template <bool kImage, bool kReverse>
+QMIR_DEVICE void carry_scan(const ScanSize& size, int rows, const float* decay, float* end) {
+  const int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  const int64_t stride = rows * size.per_group, group = thread / stride;
+  if (group >= size.batch * size.groups) return;
+  const int64_t at = group * size.slots * stride + thread % stride;
+  const Walk<kImage> walk(size, group % size.groups);
+  carry_states<kReverse>(walk.chunks(), walk.back, decay + at, end + at, stride);
+}
+
 }  // namespace qmir
+
+// Parameters of kernels: a ScanSize, field by field as in backend/cuda/scan_chunks.py.
+#define QMIR_SCAN_SIZES                                                                        \
+  long long batch, long long groups, long long per_group, long long length, long long height,  \
+      long long row_steps, long long column_unit, long long column_steps, long long slots,     \
+      long long time_blocks
+#define QMIR_SCAN_SIZE                                                                   \
+  qmir::ScanSize {                                                                       \
+    batch, groups, per_group, length, height, row_steps, column_unit, column_steps, slots, \
+        time_blocks                                                                      \
+  }
