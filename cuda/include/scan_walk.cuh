@@ -10,7 +10,7 @@
 
 namespace qmir {
 
-constexpr int kTile = 16;  // steps that a warp holds in shared memory at once, where nothing else is said
+constexpr int kTile = 16;  // steps that a warp holds in shared memory at once, unless said otherwise
 
 // Sizes of a launch (backend/cuda/scan_chunks.py makes them). A unit is what the warps of a block
 // are apart: `row_steps` of a row; a column, or several where they are short. Columns longer than
@@ -29,6 +29,7 @@ struct Walk {
   bool columns, back;
   int64_t unit, units, parts, length;
   int steps;          // of a chunk, at most
+  int steps_at_most;  // the same, of any direction
   int height, width;  // of the image, for columns only
 
   QMIR_DEVICE Walk(const ScanSize& size, int64_t group)
@@ -37,6 +38,7 @@ struct Walk {
         units((size.length + unit - 1) / unit),
         parts(columns ? (unit + size.column_steps - 1) / size.column_steps : 1),
         length(size.length), steps((int)(columns ? size.column_steps : size.row_steps)),
+        steps_at_most((int)max_of(size.column_steps, size.row_steps)),
         height((int)size.height), width(columns ? (int)(size.length / size.height) : 0) {}
 
   QMIR_DEVICE int64_t chunks() const { return units * parts; }
@@ -57,7 +59,7 @@ struct Place {
 
 template <bool kImage, int kWarps, int kSteps = kTile>
 struct ScanBlock {
-  static_assert(kWarp % kWarps == 0 && kSteps * kWarps >= kWarp, "warps of a block share tiles");
+  static_assert(kWarp % kWarps == 0 && kWarp % kSteps == 0, "lanes share tiles evenly");
   Walk<kImage> walk;
   int64_t sample, group, channel;  // channel of lane 0 within its group
   int64_t first_unit, part;
@@ -154,8 +156,9 @@ struct ScanBlock {
     constexpr int kRows = kWarp / kWarps;
 #pragma unroll
     for (int first = 0; first < kSteps; first += kRows) {
-      const Place p = place(tile, first + lane / kWarps);
-      if (!p.inside) continue;
+      const int i = first + lane / kWarps;
+      const Place p = place(tile, i);
+      if (i >= kSteps || !p.inside) continue;
 #pragma unroll kAhead
       for (int item = warp; item < kItems; item += kWarps) visit(lane % kWarps, item, p);
     }
