@@ -76,9 +76,10 @@ def forward_variant(states: int, dtype: torch.dtype) -> RealVariant:
 
 
 def backward_variant(states: int, dtype: torch.dtype) -> RealVariant:
-    """The kernels of the backward pass."""
-    kinds = (RealVariant(states, w, BACKWARD_TILE, dtype == torch.bfloat16) for w in (8, 4, 2, 1))
-    return next(k for k in kinds if k.shared(4, 2, history=True) <= SHARED_BYTES)
+    """The kernels of the backward pass: as many warps as fit, of 63 states and more one."""
+    kinds = [RealVariant(states, w, BACKWARD_TILE, dtype == torch.bfloat16) for w in (8, 4, 2, 1)]
+    fits = (k for k in kinds if k.shared(4, 2, history=True) <= SHARED_BYTES)
+    return next(fits, kinds[-1])
 
 
 def runs(states: int, *tensors: Tensor | None) -> bool:

@@ -57,9 +57,7 @@ def launch_ss2d_scan(launch: Launcher, *args: Any, steps: int | None = None) -> 
                      kind.shared(2, 1))  # fmt: skip
         start_threads(launch, FORWARD, "carry", end[:, :, 0].numel(), kind,
                       [decay, end, kind.states, *size])  # fmt: skip
-    parts = torch.empty(
-        u.shape[0], size.groups, *u.shape[1:], dtype=torch.float32, device=u.device
-    )
+    parts = torch.empty(u.shape[0], size.groups, *u.shape[1:], dtype=torch.float32, device=u.device)
     start_chunks(launch, FORWARD, "apply", size, kind, [*given, end, decay, parts],
                  kind.shared(3, 2))  # fmt: skip
     merge(launch, FORWARD, parts, y, kind.defines)
@@ -102,9 +100,7 @@ def launch_ss2d_scan_backward(
     ddelta = torch.empty(delta.shape, **real)
     states = torch.empty(*per_chunk, tiles, kind.states, size.per_group, **wide)
     parameters = torch.empty(*per_chunk, kind.states + 2, size.per_group, **wide)
-    projections = torch.empty(
-        2, size.batch, size.groups, blocks, kind.states, size.length, **wide
-    )
+    projections = torch.empty(2, size.batch, size.groups, blocks, kind.states, size.length, **wide)
     start_chunks(
         launch, BACKWARD, "chunks", size, kind,
         [*given, end, decay, grad, reverse, du, ddelta, states, parameters, projections],

@@ -95,8 +95,8 @@ struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
     return history[(t * kStates + n) * kWarp + block.lane];
   }
 
-  template <bool kClamped, bool kKeep>
-  QMIR_DEVICE void forward(int steps) {
+  template <bool kClamped>
+  QMIR_DEVICE void forward(int steps, bool keep) {
 #pragma unroll 1
     for (int t = 0; t < steps; ++t) {
       const float dt = stage.at(kDt, block.warp, block.lane, t);
@@ -109,7 +109,7 @@ struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
         for (int i = 0; i < 4; ++i) {
           const int n = 4 * quad + i;
           if (n >= kStates) break;
-          if constexpr (kKeep) past(t, n) = h[n];
+          if (keep) past(t, n) = h[n];
           scan_step<kClamped>(h[n], dt, this->rate(n), dtu, b[i]);
         }
       }
@@ -162,16 +162,10 @@ struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
   }
 
   template <bool kClamped>
-  QMIR_DEVICE void through(int steps) {
-    forward<kClamped, true>(steps);
+  QMIR_DEVICE void through(int steps, bool returning) {
+    forward<kClamped>(steps, returning);
 #pragma unroll 1
-    for (int t = steps - 1; t >= 0; --t) reverse_step<kClamped>(t);
-  }
-
-  QMIR_DEVICE void load(int tile) const {
-    this->load_channels(tile, in.u + this->shared_plane(), kU);
-    this->load_channels(tile, in.delta + this->own_plane(), kDt);
-    this->load_projection(tile, in.b, 0);
+    for (int t = returning ? steps - 1 : -1; t >= 0; --t) reverse_step<kClamped>(t);
   }
 
   QMIR_DEVICE void store(int tile) const {
@@ -195,33 +189,33 @@ struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
   }
 
   QMIR_DEVICE void run() {
+    // To the last tile, and back from it.
     const int tiles = block.tiles();
-    for (int tile = 0; tile < tiles; ++tile) {
-      at_tile<true>(tile);
-      if (tile + 1 == tiles) break;
-      load(tile);
-      block.sync();
-      const int steps = block.steps_in(block.own, tile);
-      if (this->template make_time_steps<false>(steps))
-        forward<true, false>(steps);
-      else
-        forward<false, false>(steps);
-      block.sync();
-    }
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-      at_tile<false>(tile);
-      load(tile);
-      this->load_channels(tile, in.grad + this->shared_plane(), kGrad);
-      this->load_projection(tile, in.c, 1);
+    for (int i = 0; i + 1 < 2 * tiles; ++i) {
+      const bool returning = i + 1 >= tiles;
+      const int tile = returning ? 2 * tiles - 2 - i : i;
+      if (!returning)
+        at_tile<true>(tile);
+      else if (tile + 1 < tiles)
+        at_tile<false>(tile);
+      this->load_channels(tile, in.u + this->shared_plane(), kU);
+      this->load_channels(tile, in.delta + this->own_plane(), kDt);
+      this->load_projection(tile, in.b, 0);
+      if (returning) {
+        this->load_channels(tile, in.grad + this->shared_plane(), kGrad);
+        this->load_projection(tile, in.c, 1);
+      }
       block.sync();
       const int steps = block.steps_in(block.own, tile);
       if (this->template make_time_steps<true>(steps))
-        through<true>(steps);
+        through<true>(steps, returning);
       else
-        through<false>(steps);
+        through<false>(steps, returning);
       block.sync();
-      store(tile);
-      block.sync();
+      if (returning) {
+        store(tile);
+        block.sync();
+      }
     }
     if (!this->real()) return;
 #pragma unroll
