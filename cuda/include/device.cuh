@@ -104,6 +104,37 @@ QMIR_DEVICE uint16_t float_to_bf16(float x) {
 
 namespace qmir {
 
+// Elements in memory: float, or bf16 with float arithmetic.
+struct Bf16 {
+  uint16_t bits;
+};
+
+QMIR_DEVICE float load_float(const float* p) { return *p; }
+QMIR_DEVICE float load_float(const Bf16* p) { return bf16_to_float(p->bits); }
+QMIR_DEVICE void store_float(float* p, float x) { *p = x; }
+QMIR_DEVICE void store_float(Bf16* p, float x) { p->bits = float_to_bf16(x); }
+
+// Four neighbours at once, from an address that is a multiple of their size.
+QMIR_DEVICE void load_four(const float* p, float (&x)[4]) {
+  const float4 v = *reinterpret_cast<const float4*>(p);
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+
+QMIR_DEVICE void load_four(const Bf16* p, float (&x)[4]) {
+  const ushort4 v = *reinterpret_cast<const ushort4*>(p);
+  x[0] = bf16_to_float(v.x), x[1] = bf16_to_float(v.y);
+  x[2] = bf16_to_float(v.z), x[3] = bf16_to_float(v.w);
+}
+
+QMIR_DEVICE void store_four(float* p, const float (&x)[4]) {
+  *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
+QMIR_DEVICE void store_four(Bf16* p, const float (&x)[4]) {
+  *reinterpret_cast<ushort4*>(p) = make_ushort4(float_to_bf16(x[0]), float_to_bf16(x[1]),
+                                                float_to_bf16(x[2]), float_to_bf16(x[3]));
+}
+
 QMIR_DEVICE int lane_id() { return (int)(threadIdx.x % kWarp); }
 QMIR_DEVICE int warp_id() { return (int)(threadIdx.x / kWarp); }
 

@@ -34,6 +34,25 @@ QMIR_FN Prediction dls_predict(const Statistics& s, const Predictor& p) {
   return {s, raw, limit, max_of(step, kStepEps), shift};
 }
 
+// Sums over one group of deviations from its first element, the pivot: a constant group has a
+// spread of exactly zero, and nothing cancels. Infinity and NaN survive into the sums.
+struct Moments {
+  double sum, squares;
+  float low, high;
+};
+
+QMIR_FN Statistics dls_statistics(const Moments& m, float pivot, int64_t count) {
+  const double sum = m.sum;
+  const double variance = (m.squares - sum * sum / count) / (count > 1 ? count - 1 : 1);
+  return {(float)(pivot + sum / count), (float)sqrt(max_of(variance, 0.0)), m.low, m.high};
+}
+
+// A step exists for finite elements and scalars only.
+QMIR_FN bool dls_finite(const Moments& m, const Prediction& found) {
+  const double poison = 0.0 * m.squares + 0.0 * (double)found.raw + 0.0 * (double)found.shift;
+  return poison == 0.0;
+}
+
 // Sums over one group of a backward pass; `kept` is the gradient that the output clamp lets pass.
 struct GradientSums {
   double kept, passed, error;

@@ -36,6 +36,26 @@ QMIR_FN float rfa_clip(float ratio, const Grid& grid) {
   return clamp_to(ratio, grid.low, grid.high);
 }
 
+constexpr float kOuterSlope = 0.1f;
+
+// Gradient of threshold j of `size` from the gradient mass and first moment of the elements in each
+// segment between thresholds.
+QMIR_FN double rfa_threshold_gradient(const double* mass, const double* moment,
+                                      const float* points, int size, int j) {
+  double sum = 0.0;
+  if (j > 0) {
+    const double left = points[j - 1], gap = (double)points[j] - left;
+    sum -= (moment[j] - left * mass[j]) / (gap * gap);
+  }
+  if (j + 1 < size) {
+    const double right = points[j + 1], gap = right - (double)points[j];
+    sum -= (right * mass[j + 1] - moment[j + 1]) / (gap * gap);
+  }
+  if (j == 0) sum -= 0.1 * mass[0];
+  if (j == size - 1) sum -= 0.1 * mass[size];
+  return sum;
+}
+
 // Segment 0 lies at or below the first threshold, segment kThresholds above the last one. The two
 // outer tests matter where thresholds are out of order: there `ascending` differs from them.
 template <int kThresholds>

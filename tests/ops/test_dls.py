@@ -6,6 +6,12 @@ import numpy as np
 import pytest
 import torch
 from support import oracles, tolerances
+from support.cases import DLS_FLAGS as FLAGS
+from support.cases import DLS_RANGES as RANGES
+from support.cases import DLS_SHAPES as SHAPES
+from support.cases import DLS_V as V
+from support.cases import DLS_W as W
+from support.cases import dls_case as _case
 from support.paths import GOLDEN, needs_golden
 
 import qmir_ao.backend.cpu.dls  # noqa: F401  (registers the kernels)
@@ -27,16 +33,6 @@ from qmir_ao.ops.dls_fake_quant import (
 )
 
 QMIR = torch.ops.qmir
-W = torch.tensor([0.1, 0.3, -0.02, 0.05])
-V = torch.tensor([-1.0, 0.1, 0.02, -0.03])
-SHAPES = [(2, 5, 7), (3, 1000, 13), (1, 1), (5,), (2, 3, 17, 33), (2, 8, 4096), (3, 16385)]
-# per_tensor, cap, clamp_output
-FLAGS = [(False, False, False), (True, True, True), (False, False, True), (False, True, False)]
-RANGES = [(-2, 1), (-8, 7), (-128, 127), (0, 15)]
-
-
-def _case(shape: tuple[int, ...], offset: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(shape) * 2 + offset, torch.randn(shape)
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)

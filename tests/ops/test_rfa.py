@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from support import oracles, tolerances
+from support.cases import RFA_CASES as CASES
+from support.cases import rfa_case as _case
 from support.paths import GOLDEN, needs_golden
 
 import qmir_ao.backend.cpu.rfa  # noqa: F401  (registers the kernels)
@@ -18,28 +20,6 @@ from qmir_ao.ops.rfa_fake_quant import (
 )
 
 QMIR = torch.ops.qmir
-# Shape of the weight, its steps, its shifts.
-CASES = [
-    ((13, 5, 3, 3), 1, 1),
-    ((13, 5, 3, 3), 13, 13),
-    ((13, 5, 3, 3), 13, 1),
-    ((7, 9), 7, 7),
-    ((3, 5001), 3, 3),
-    ((3, 5001), 3, 1),
-    ((1, 1), 1, 1),
-    ((9,), 1, 1),
-]
-
-
-def _case(shape, groups, bits, order="moved", shifts=None):
-    step = torch.rand(groups) * 0.3 + 0.1
-    shift = torch.randn(groups if shifts is None else shifts) * 0.1
-    thresholds = torch.arange(2**bits) - 2.0 ** (bits - 1)
-    if order != "init":
-        thresholds = thresholds + torch.randn(2**bits) * 0.2
-    if order == "moved":
-        thresholds = thresholds.sort().values
-    return (torch.randn(shape), step, shift, thresholds), -(2 ** (bits - 1))
 
 
 @pytest.mark.parametrize("order", ["init", "moved", "unsorted"])

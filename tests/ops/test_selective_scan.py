@@ -6,6 +6,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from support.cases import SCAN_OPTIONAL as OPTIONAL
+from support.cases import SCAN_SIZES as SIZES
+from support.cases import scan_operands as operands
 from support.integers import same_bytes, with_threads
 from support.scans import NAMES, Operands, assert_as_accurate, in_float64, without_softplus
 from torch import Tensor
@@ -19,40 +22,7 @@ from qmir_ao.ops.selective_scan import (
     selective_scan_ref,
 )
 
-# batch, groups, channels per group, states, steps
-SIZES: dict[str, tuple[int, int, int, int, int]] = {
-    "one-of-each": (1, 1, 1, 1, 1),
-    "seven-steps": (2, 4, 5, 3, 7),
-    "light": (2, 4, 18, 10, 37),
-    "classic": (1, 2, 33, 16, 100),
-    "eight-states": (3, 1, 18, 8, 37),
-    "twenty-states": (1, 4, 5, 20, 100),
-    "one-channel": (2, 2, 1, 10, 100),
-    "one-state": (1, 1, 33, 1, 37),
-}
-OPTIONAL = {"both": (True, True), "no-D": (False, True), "no-bias": (True, False)}
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-
-
-def operands(
-    size: tuple[int, int, int, int, int], has_D: bool = True, has_bias: bool = True, seed: int = 0
-) -> Operands:
-    batch, groups, channels, states, steps = size
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=gen)
-
-    width = groups * channels
-    return [
-        normal(batch, width, steps),
-        normal(batch, width, steps) * 0.5,
-        -torch.exp(normal(width, states) * 0.5),
-        normal(batch, groups, states, steps),
-        normal(batch, groups, states, steps),
-        normal(width) if has_D else None,
-        normal(width) - 2.0 if has_bias else None,
-    ]
 
 
 def draws(size: tuple[int, int, int, int, int]) -> range:

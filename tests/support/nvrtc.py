@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from qmir_ao.backend.cpu.build import cache_dir
+from qmir_ao.backend.cuda import sources
 from qmir_ao.backend.cuda.launch import NO_DEFINES
 from qmir_ao.backend.cuda.module import options
 
@@ -33,7 +36,7 @@ needs_nvrtc = pytest.mark.skipif(
 _USAGE = re.compile(
     r"Compiling entry function '(\w+)' for '\w+'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-    r"Used (\d+) registers(?:, used \d+ barriers)?(?:, (\d+) bytes smem)?",
+    r"Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?",
     re.DOTALL,
 )
 
@@ -107,6 +110,19 @@ def _usage(log: str) -> dict[str, Usage]:
 
 @functools.cache
 def _compile(version: str, text: str, flags: tuple[str, ...]) -> Compiled:
+    path = cache_dir() / "nvrtc" / f"{sources.digest(version, text, *flags)}.json"
+    if not path.is_file():
+        found = _compile_now(version, text, flags)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as scratch:
+            json.dump(found, scratch)
+        os.replace(scratch.name, path)
+    ptx, cubin, log = json.loads(path.read_text())
+    return Compiled(ptx, bytes.fromhex(cubin), _usage(log))
+
+
+def _compile_now(version: str, text: str, flags: tuple[str, ...]) -> tuple[str, str, str]:
+    """PTX, binary in hexadecimal digits, and the messages."""
     library = _library(version)
     program = ctypes.c_void_p()
     assert not library.nvrtcCreateProgram(
@@ -120,7 +136,7 @@ def _compile(version: str, text: str, flags: tuple[str, ...]) -> Compiled:
     if status:
         raise CompileError(f"NVRTC {version} {' '.join(flags)}:\n{log[:4000]}")
     ptx = _output(library, program, "PTX").rstrip(b"\0").decode()
-    return Compiled(ptx, _output(library, program, "CUBIN"), _usage(log))
+    return ptx, _output(library, program, "CUBIN").hex(), log
 
 
 def compile_text(

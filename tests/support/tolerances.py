@@ -106,3 +106,8 @@ END_TO_END_PSNR = {8: 60.0, 4: 45.0, 2: 38.0}
 
 # Score against the ground truth, simulated against integer, in dB: the project's goal as well.
 TASK_PSNR = 0.02
+
+# Two float32 results that differ in their last bit round to different bf16 numbers where they lie
+# around a midpoint: 2^-15 of them, each by a unit of 2^-8. Relative to the norm of n elements at
+# most sqrt(k / n) * 2^-8 for k flips; k = 3 of n >= 1000 covers the tests' sizes.
+BF16_FLIPS = math.sqrt(3 / 1000) * 2.0**-8

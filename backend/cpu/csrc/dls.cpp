@@ -13,11 +13,6 @@ using namespace qmir;
 
 namespace {
 
-struct Moments {
-  double sum, squares;
-  float low, high;
-};
-
 struct Lanes {
   Sum8 sum, squares;
   f8 low, high;
@@ -31,9 +26,7 @@ struct Lanes {
   }
 };
 
-// Deviations from the group's first element: a constant group has a spread of exactly zero, and
-// nothing cancels. Infinity and NaN survive into the sums, so no separate test is needed. Two sets
-// of lanes take turns, because one would wait for its own additions.
+// Two sets of lanes take turns, because one would wait for its own additions.
 Moments moments_of(const float* x, int64_t count, float pivot) {
   Lanes even{{}, {}, f8{} + pivot, f8{} + pivot}, odd = even;
   int64_t i = 0;
@@ -99,21 +92,15 @@ Prediction predict(const float* x, int64_t count, const Predictor& predictor, co
     parts[c] = moments_of(x + at, size, x[0]);
   });
   team.meet();
-  double sum = 0.0, squares = 0.0;
-  float low = x[0], high = x[0];
+  Moments all{0.0, 0.0, x[0], x[0]};
   for (int64_t c = 0; c < chunks; ++c) {
-    sum += parts[c].sum;
-    squares += parts[c].squares;
-    low = min_of(low, parts[c].low);
-    high = max_of(high, parts[c].high);
+    all.sum += parts[c].sum;
+    all.squares += parts[c].squares;
+    all.low = min_of(all.low, parts[c].low);
+    all.high = max_of(all.high, parts[c].high);
   }
-  const double variance = (squares - sum * sum / count) / (count > 1 ? count - 1 : 1);
-  const float deviation = (float)std::sqrt(max_of(variance, 0.0));
-  const Statistics stats{(float)(x[0] + sum / count), deviation, low, high};
-  const Prediction found = dls_predict(stats, predictor);
-  const bool good =
-      std::isfinite(squares) && std::isfinite(found.raw) && std::isfinite(found.shift);
-  if (team.rank == 0) finite[group] = good;
+  const Prediction found = dls_predict(dls_statistics(all, x[0], count), predictor);
+  if (team.rank == 0) finite[group] = dls_finite(all, found);
   return found;
 }
 

@@ -13,7 +13,6 @@ using namespace qmir;
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr float kOuterSlope = 0.1f;
 
 struct Weight {
   const float *values, *step, *shift;
@@ -179,20 +178,6 @@ RowSums backward_unit(const float* grad, const float* w, float* dw, int64_t size
 }
 
 template <int T>
-void threshold_gradient(const Histogram<T>& h, const Tables<T>& tables, float* out) {
-  double sum[T] = {};
-  for (int j = 0; j + 1 < T; ++j) {
-    const double left = tables.points[j], right = tables.points[j + 1];
-    const double gap = (right - left) * (right - left);
-    sum[j] -= (right * h.mass[j + 1] - h.moment[j + 1]) / gap;
-    sum[j + 1] -= (h.moment[j + 1] - left * h.mass[j + 1]) / gap;
-  }
-  sum[0] -= 0.1 * h.mass[0];
-  sum[T - 1] -= 0.1 * h.mass[T];
-  for (int j = 0; j < T; ++j) out[j] = (float)sum[j];
-}
-
-template <int T>
 void backward(const Weight& w, const float* thresholds, const float* grad, float* dw, float* dstep,
               float* dshift, float* dthresholds) {
   const Tables<T> tables(thresholds);
@@ -224,7 +209,8 @@ void backward(const Weight& w, const float* thresholds, const float* grad, float
       all.mass[j] += part.mass[j];
       all.moment[j] += part.moment[j];
     }
-  threshold_gradient<T>(all, tables, dthresholds);
+  for (int j = 0; j < T; ++j)
+    dthresholds[j] = (float)rfa_threshold_gradient(all.mass, all.moment, tables.points, T, j);
 }
 
 // Calls `body.template operator()<T>()` for the compile-time T that equals `thresholds`.

@@ -1,4 +1,4 @@
-"""Every kernel compiles, without a GPU, for an Orin and a Hopper and with the oldest and newest NVRTC."""
+"""Every kernel compiles without a GPU: for Orin and Hopper, with the oldest and newest NVRTC."""
 
 import re
 

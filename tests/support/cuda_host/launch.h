@@ -34,7 +34,10 @@ struct Entry<kKernel> {
 struct Listed {
   const char *name, *signature;
   void (*call)(void**);
+  int bound;  // most threads, the first argument of __launch_bounds__
 };
+
+constexpr int first_of(int threads, int = 0, int = 0) { return threads; }
 
 inline const Listed* find(const Listed* list, int count, const char* name) {
   for (int i = 0; i < count; ++i)
@@ -125,6 +128,9 @@ QMIR_EXPORT void qmir_host_reset() {
   QMIR_EXPORT const char* qmir_host_signature(const char* name) {                                 \
     const auto* found = qmir_host::find(list, sizeof list / sizeof *list, name);                  \
     return found ? found->signature : nullptr;                                                    \
+  }                                                                                               \
+  QMIR_EXPORT int qmir_host_bound(const char* name) {                                             \
+    return qmir_host::find(list, sizeof list / sizeof *list, name)->bound;                        \
   }                                                                                               \
   QMIR_EXPORT const char* qmir_host_launch(const char* name, const unsigned* sizes, size_t shared, \
                                            uint64_t seed, void** slots, void* stacks) {           \
