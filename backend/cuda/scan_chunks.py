@@ -103,7 +103,8 @@ def images(
     """
     length = height * width
     steps = steps or chunk_steps(DIRECTIONS, channels, length)
-    unit = max(1, steps // height) * height
+    # One column a warp keeps the columns of a block side by side.
+    unit = max(1, min(steps, SHORTEST) // height) * height
     parts = ceil_div(unit, steps)
     column_steps = ceil_div(unit, parts)
     rows, units = ceil_div(length, steps), ceil_div(length, unit)

@@ -59,7 +59,7 @@ class Variant(NamedTuple):
         pitch = ceil_div(self.states, 4) | 1
         projection = (TILE * pitch + 1) * 16
         codes = 2 * WARP * (TILE + 4) + 4
-        outputs = (WARP * TILE + 4) * 4
+        outputs = (WARP * TILE + WARP // self.warps) * 4
         per_warp = (2 * projection + outputs if apply else projection) + codes
         rates = 0 if self.table or self.states <= REGISTER_STATES else self.states * WARP * 4
         return self.codes * self.row * WARP * 4 + rates + self.warps * per_warp

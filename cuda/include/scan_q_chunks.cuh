@@ -1,8 +1,8 @@
 // Selective scan of quantized operands in chunks, for sequences and images (scan_walk.cuh). The
 // float32 operations within a chunk are those of qmir_ao/ops/selective_scan_q.py, in its order and
 // each rounded on its own, so that a scan of one chunk gives the reference's bytes. A state that
-// crosses a chunk is multiplied by the product of its decays instead of by one after the other:
-// one rounding a step instead of two (tests/support/tolerances.py, scan_q_roundings).
+// crosses a chunk is multiplied by one decay for the sum of the chunk's delta instead of by one after
+// the other, which rounds less (tests/support/tolerances.py, scan_q_roundings).
 //
 // A lane is a channel. Where the decays of all codes of 32 channels fit into shared memory
 // (QMIR_TABLE) a step reads its row there: lane l finds its values in its own banks, whatever the
@@ -142,14 +142,16 @@ struct ChunkQ {
   static constexpr int kRow = Stage::kRow;
   // Many states leave few registers for loads and steps under way.
   static constexpr bool kMany = kStates > kRegisterStates;
+  static constexpr int kAhead = kTable && !kMany ? 4 : 2;
 
   const ScanQ& in;
   const ScanBlock<kImage, kWarps>& block;
+  const float* a;
   Stage stage;
   float u_step, u_shift, skip;
   bool missed;
   float h[kStates];
-  float product[kApply ? 1 : kStates];
+  LongSum elapsed;  // delta of all steps so far
   float rate[kTable || kMany ? 1 : kStates];  // A * log2(e)
 
   QMIR_DEVICE int64_t carry_at(int n) const {
@@ -160,9 +162,9 @@ struct ChunkQ {
 
   QMIR_DEVICE ChunkQ(const ScanQ& in, const ScanBlock<kImage, kWarps>& block, float* shared,
                      const float* a)
-      : in(in), block(block), stage(shared, in.code_count, kApply),
+      : in(in), block(block), a(a), stage(shared, in.code_count, kApply),
         u_step(in.u.step_of(block.sample)), u_shift(in.u.shift_of(block.sample)), skip(0.0f),
-        missed(false) {
+        missed(false), elapsed{0.0f, 0.0f} {
     const bool real = block.valid() && block.own.count > 0;
     const int64_t channel =
         block.group * in.size.per_group + block.channel + (block.valid() ? block.lane : 0);
@@ -170,7 +172,6 @@ struct ChunkQ {
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
       h[n] = kApply && in.end && real ? in.end[carry_at(n)] : 0.0f;
-      if constexpr (!kApply) product[n] = 1.0f;
       if constexpr (!kTable && !kMany) rate[n] = rate_of(a[channel * kStates + n]);
     }
     if constexpr (!kTable && kMany)
@@ -194,7 +195,7 @@ struct ChunkQ {
     const float step = from.step_of(block.sample), shift = from.shift_of(block.sample);
     const uint8_t* plane =
         from.at + (block.sample * in.size.groups + block.group) * kStates * in.size.length;
-    Projection::template fill<kMany ? 1 : 2>(block, tile, base, [&](int n, int64_t at) {
+    Projection::template fill<kAhead / 2>(block, tile, base, [&](int n, int64_t at) {
       return code_value(from.code(__ldg(plane + n * in.size.length + at)), step, shift);
     });
   }
@@ -208,7 +209,7 @@ struct ChunkQ {
         (block.sample * in.size.groups + block.group) * in.size.per_group + block.channel;
     const uint8_t* u = in.u.at + first * in.size.length;
     const uint8_t* delta = in.delta.at + own * in.size.length;
-    block.template each<kWarp, 4>(tile, [&](int owner, int item, const Place& p) {
+    block.template each<kWarp, kAhead>(tile, [&](int owner, int item, const Place& p) {
       const int64_t at = min_of(item, block.channels - 1) * in.size.length + p.at;
       stage.u_codes(owner, item)[p.t] = __ldg(u + at);
       stage.delta_codes(owner, item)[p.t] = __ldg(delta + at);
@@ -228,6 +229,7 @@ struct ChunkQ {
     const float value = code_value(in.u.code(u_byte), u_step, u_shift);
     // Without a row there is no result: from here on the channel's outputs are NaN.
     const float x = out ? NAN : dt * value;
+    if constexpr (!kApply) elapsed.add(dt);
     float sum = 0.0f;
 #pragma unroll
     for (int quad = 0; quad < Projection::kQuads; ++quad) {
@@ -248,8 +250,7 @@ struct ChunkQ {
         if constexpr (kApply) {
           scan_state(h[n], sum, decay, x, b[i], c[i]);
         } else {
-          h[n] = decay * h[n] + x * b[i];
-          product[n] = product[n] * decay;
+          h[n] = fmadd(decay, h[n], x * b[i]);
         }
       }
     }
@@ -262,7 +263,7 @@ struct ChunkQ {
     const int steps = block.steps_in(block.own, tile);
     const uint8_t* u = stage.u_codes(block.warp, block.lane);
     const uint8_t* delta = stage.delta_codes(block.warp, block.lane);
-#pragma unroll kMany ? 1 : 4
+#pragma unroll kMany ? 1 : kAhead
     for (int t = 0; t < steps; ++t) step(t, u[t], delta[t]);
   }
 
@@ -270,7 +271,7 @@ struct ChunkQ {
     const int64_t first =
         (block.sample * in.size.groups + block.group) * in.size.per_group + block.channel;
     float* y = in.y + first * in.size.length;
-    block.template each<kWarp, 4>(tile, [&](int owner, int item, const Place& p) {
+    block.template each<kWarp, kAhead>(tile, [&](int owner, int item, const Place& p) {
       if (item < block.channels)
         y[item * in.size.length + p.at] = stage.y[owner * Tile::kFloats + Tile::slot(item, p.t)];
     });
@@ -291,10 +292,13 @@ struct ChunkQ {
     if (!block.valid() || block.own.count == 0) return;
     if (missed) *in.outside = 1;
     if constexpr (!kApply) {
+      const float* rates = a + (block.group * in.size.per_group + block.channel + block.lane) * kStates;
+      const float total = elapsed.total();
 #pragma unroll
       for (int n = 0; n < kStates; ++n) {
+        const DecayRate<float> rate = real_rate(rates[n]);
         in.end[carry_at(n)] = h[n];
-        in.decay[carry_at(n)] = product[n];
+        in.decay[carry_at(n)] = exp2_product<true>(total, rate.high, rate.low);
       }
     }
   }

@@ -21,14 +21,6 @@ struct RealScan {
   float *end, *decay, *reverse;
 };
 
-// exp2_product's rate of A in two floats, without float64, which most GPUs do slowly.
-QMIR_DEVICE DecayRate<float> real_rate(float a) {
-  constexpr float kHigh = (float)kLog2E, kLow = (float)(kLog2E - (double)kHigh);
-  const float high = a * kHigh;
-  const float low = fmadd(a, kHigh, -high) + a * kLow;
-  return {a, high, low == low ? low : 0.0f};  // infinite a: inf - inf
-}
-
 // Of how many states the rates stay in registers; with more they lie in shared memory.
 constexpr int kRealRegisterStates = 16;
 
@@ -64,6 +56,8 @@ struct RealChunk {
   using Projection = typename Stage::Projection;
   // Tiles of channels.
   enum { kU, kDt, kGrad, kRaw };
+  // Loads under way; many states leave few registers for them.
+  static constexpr int kAhead = kStates > 12 ? 2 : 4;
 
   const RealScan<T>& in;
   const Block& block;
@@ -130,7 +124,7 @@ struct RealChunk {
   }
 
   QMIR_DEVICE void load_channels(int tile, const T* from, int to) const {
-    block.template each<kWarp, 4>(tile, [&](int owner, int item, const Place& p) {
+    block.template each<kWarp, kAhead>(tile, [&](int owner, int item, const Place& p) {
       // Lanes without a channel compute with zeros.
       stage.at(to, owner, item, p.t) =
           item < block.channels ? real_value(__ldg(from + item * in.size.length + p.at)) : 0.0f;
@@ -233,7 +227,7 @@ struct RealForward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
       block.sync();
       if constexpr (kApply) {
         Out* to = y + this->own_plane();
-        block.template each<kWarp, 4>(tile, [&](int owner, int item, const Place& p) {
+        block.template each<kWarp, Base::kAhead>(tile, [&](int owner, int item, const Place& p) {
           if (item < block.channels)
             set_real(to + item * in.size.length + p.at, stage.at(kOut, owner, item, p.t));
         });

@@ -32,17 +32,6 @@ QMIR_DEVICE float scatter_sum(float (&v)[kWarp], int lane) {
   return v[0];
 }
 
-// A sum over the steps of a chunk that keeps what its additions round off.
-struct LongSum {
-  float sum, rest;
-
-  QMIR_DEVICE void add(float x) {
-    const float next = sum + x, taken = next - sum;
-    rest = rest + ((sum - (next - taken)) + (x - taken));
-    sum = next;
-  }
-};
-
 template <bool kImage, int kStates, int kWarps, int kSteps, class T>
 struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
   using Base = RealChunk<kImage, kStates, kWarps, kSteps, T>;
@@ -220,8 +209,8 @@ struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
     if (!this->real()) return;
 #pragma unroll
     for (int n = 0; n < kStates; ++n) out.parameters[this->carry_at(n, kStates + 2)] = da[n];
-    out.parameters[this->carry_at(kStates, kStates + 2)] = dd.sum + dd.rest;
-    out.parameters[this->carry_at(kStates + 1, kStates + 2)] = dbias.sum + dbias.rest;
+    out.parameters[this->carry_at(kStates, kStates + 2)] = dd.total();
+    out.parameters[this->carry_at(kStates + 1, kStates + 2)] = dbias.total();
   }
 };
 

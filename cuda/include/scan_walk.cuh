@@ -7,6 +7,7 @@
 // warps of a block take chunks that lie side by side and load them together.
 #pragma once
 #include "device.cuh"
+#include "selective_scan.cuh"
 
 namespace qmir {
 
@@ -72,13 +73,14 @@ struct ScanBlock {
     return (size.per_group + kWarp - 1) / kWarp;
   }
 
+  // Blocks of channels follow each other, so that those which read the same B and C run together.
   QMIR_DEVICE explicit ScanBlock(const ScanSize& size)
-      : walk(size, (int64_t)blockIdx.x / size.time_blocks / blocks(size) % size.groups) {
-    const int64_t time = (int64_t)blockIdx.x % size.time_blocks;
-    const int64_t rest = (int64_t)blockIdx.x / size.time_blocks;
-    channel = rest % blocks(size) * kWarp;
-    group = rest / blocks(size) % size.groups;
-    sample = rest / blocks(size) / size.groups;
+      : walk(size, (int64_t)blockIdx.x / blocks(size) / size.time_blocks % size.groups) {
+    const int64_t rest = (int64_t)blockIdx.x / blocks(size);
+    const int64_t time = rest % size.time_blocks;
+    channel = (int64_t)blockIdx.x % blocks(size) * kWarp;
+    group = rest / size.time_blocks % size.groups;
+    sample = rest / size.time_blocks / size.groups;
     channels = (int)min_of<int64_t>(kWarp, size.per_group - channel);
     part = time % walk.parts;
     first_unit = time / walk.parts * kWarps;
@@ -208,6 +210,27 @@ struct ProjectionTile {
           make_float4(four[0], four[1], four[2], four[3]);
     });
   }
+};
+
+// exp2_product's rate of A in two floats, without float64, which most GPUs do slowly.
+QMIR_DEVICE DecayRate<float> real_rate(float a) {
+  constexpr float kHigh = (float)kLog2E, kLow = (float)(kLog2E - (double)kHigh);
+  const float high = a * kHigh;
+  const float low = fmadd(a, kHigh, -high) + a * kLow;
+  return {a, high, low == low ? low : 0.0f};  // infinite a: inf - inf
+}
+
+// A sum over the steps of a chunk that keeps what its additions round off.
+struct LongSum {
+  float sum, rest;
+
+  QMIR_DEVICE void add(float x) {
+    const float next = sum + x, taken = next - sum;
+    rest = rest + ((sum - (next - taken)) + (x - taken));
+    sum = next;
+  }
+
+  QMIR_DEVICE float total() const { return sum + rest; }
 };
 
 // One state at the start of each chunk of a group, from the product of the chunk's decays and the

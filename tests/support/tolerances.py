@@ -55,10 +55,11 @@ def scan_q_roundings(steps: int, states: int, exponent: float, offset: float) ->
     add by 2. Outside the recurrence: u, B and C (2 each), delta once more, x, x*B, C*h (1 each),
     the sum over states, and D*u.
 
-    Kernels that cut the sequence into chunks multiply a state that crosses a chunk by the product
-    of its decays: one rounding of each step instead of two, and two for the carry, which a chunk of
-    two steps or more has saved. The add of a chunk's own end takes the place of the first step's,
-    whose state was zero. So the bound holds for them as well.
+    Kernels that cut the sequence into chunks multiply a state that crosses a chunk by one decay,
+    exp of A times the chunk's sum of delta. The sum is rounded once, which its exponent (at most
+    `exponent` a step) pays in place of the products' roundings, exp is off once instead of at each
+    step, and the carry rounds twice where the steps did twice each. The add of a chunk's own end
+    takes the place of that of its first step, whose state was zero. So the bound holds for them.
     """
     per_step = exponent * (3.0 * offset + 5.0) + 4.0
     return steps * per_step + states + 3.0 * offset + 16.0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.host_launcher import HostKernelError, HostLauncher, needs_compiler
 from support.integers import same_bytes
+from support.scan_roofline import PAGE, page
 from support.scan_tables import kernel_table, mutated
 from support.scans import follow, put_back, walks
 from support.scans_q import ImageSize, float64_recurrence, image_operands, walked
@@ -159,3 +160,7 @@ def test_mutated_kernels_are_caught(pattern: str, replacement: str, tmp_path: Pa
         except (HostKernelError, RuntimeError):
             caught.append(True)
     assert any(caught)
+
+
+def test_the_page_of_predictions_is_up_to_date() -> None:
+    assert PAGE.read_text() == page()
