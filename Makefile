@@ -12,12 +12,14 @@ STAMP := $(VENV)/.installed
 NVRTC := $(VENV)/nvrtc/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint install clean
+.PHONY: help demo test bench bench-gpu kernels lint install clean
 
 help:
 	@echo "make demo    train the tiny model at 4 and 2 bits, write demo/report.html (5 minutes)"
 	@echo "make test    run the test suite"
 	@echo "make bench   run the benchmarks"
+	@echo "make bench-gpu  the same on an NVIDIA GPU, in the Python environment at hand"
+	@echo "make kernels write docs/kernels.md from the compilers' reports"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV) and what the other targets wrote"
 
@@ -33,6 +35,13 @@ test: $(STAMP) $(NVRTC)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -m bench tests/bench $(PYTEST_ARGS)
+
+# Where torch, torchao, CuPy, pytest and pytest-benchmark are installed; nothing is built or installed.
+bench-gpu:
+	$(or $(PYTHON),python3) -m pytest -m "gpu and bench" tests/bench/gpu $(PYTEST_ARGS)
+
+kernels: $(STAMP) $(NVRTC)
+	PYTHONPATH=tests $(BIN)/python -m support.kernel_table
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

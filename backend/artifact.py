@@ -130,7 +130,7 @@ def load_lowered(path: Path, target: str) -> LoweredModule:
     Raises:
         CheckpointError: missing, damaged or tampered, or with an operator that is not allowed.
     """
-    import qmir_ao.backend.cpu  # noqa: F401  (defines and registers the operators)
+    import qmir_ao.backend.kernels  # noqa: F401  (defines and registers the operators)
 
     manifest = _read_manifest(path)
     tensors = _read_tensors(path, manifest)

@@ -65,7 +65,7 @@ def qmir(
         )
     from torch._inductor.compile_fx import compile_fx
 
-    import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels)
+    import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
 
     if not _trains(graph_module, example_inputs):
         _lower(graph_module)

@@ -13,7 +13,7 @@ from qmir_ao.passes.pipeline import CPU, check_order, run_passes
 
 def lower_cpu(prepared: GraphModule) -> LoweredModule:
     """Lower a prepared graph to the integer operators of the CPU; `prepared` stays as it was."""
-    import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels)
+    import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
 
     graph_module = copy.deepcopy(prepared)
     graph_module.eval()

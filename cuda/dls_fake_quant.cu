@@ -1,8 +1,8 @@
 // DLS fake quantization, forward and backward. Groups of `count` elements follow each other.
 //
-// Short groups (tokens): a warp takes one after the other, in one launch. Long ones (samples) are cut
-// into tiles of kTile elements, a block each: sums of the tiles, sums of a group from those, then the
-// elements. Every sum has a fixed order, and none is shared between groups.
+// Short groups (tokens): a warp takes one after the other, in one launch. Long ones (samples) are
+// cut into tiles of kTile elements, a block each: sums of the tiles, sums of a group from those,
+// then the elements. Every sum has a fixed order, and none is shared between groups.
 #include "dls_device.cuh"
 
 using namespace qmir;
@@ -16,7 +16,9 @@ struct Settings {
   float low, high;
   int cap, clamp;
 
-  __device__ float levels() const { return cap ? high - low + 1.0f : 0.0f; }
+  __device__ float levels() const {
+    return cap ? high - low + 1.0f : 0.0f;
+  }
   __device__ Grid grid(const Prediction& found) const {
     return {found.step, found.shift, low, high};
   }
@@ -46,7 +48,8 @@ QMIR_DEVICE void for_tile(const T* from, int64_t begin, int64_t count, const Bod
   }
 }
 
-// Calls body(x) -> y for the elements of this thread in a tile, and stores y; `other` is read as well.
+// Calls body(x) -> y for the elements of this thread in a tile, and stores y; `other` is read as
+// well.
 template <class T, class Body>
 QMIR_DEVICE void map_tile(const T* from, const T* other, T* to, int64_t begin, int64_t count,
                           const Body& body) {
@@ -71,7 +74,8 @@ QMIR_DEVICE void map_tile(const T* from, const T* other, T* to, int64_t begin, i
 }
 
 template <class T>
-QMIR_DEVICE void tile_moments(const T* x, Moments* parts, int64_t count, int64_t tiles) {
+QMIR_DEVICE void tile_moments(const T* x, Moments* parts, float* pivots, int64_t count,
+                              int64_t tiles) {
   __shared__ Moments scratch[kThreads / kWarp];
   const int64_t group = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const T* from = x + group * count;
@@ -84,6 +88,7 @@ QMIR_DEVICE void tile_moments(const T* x, Moments* parts, int64_t count, int64_t
   if (threadIdx.x != 0) return;
   for (int warp = 1; warp < kThreads / kWarp; ++warp) add_moments(mine, scratch[warp]);
   parts[blockIdx.x] = mine;
+  if (tile == 0) pivots[group] = pivot;
 }
 
 template <class T>
@@ -186,9 +191,8 @@ QMIR_DEVICE void row_backward(const T* grad, const T* x, const float* w, const f
         dls_gradient(at, warp_total(sums), predictor, set.cap, count, scale, scalars);
     add_scalars(total, scalars);
     for (int64_t i = lane_id(); i < count; i += kWarp)
-      store_float(dx + group * count + i,
-                  input_gradient(load_float(from + i), load_float(up + i), grid, at.stats, by,
-                                 set.clamp));
+      store_float(dx + group * count + i, input_gradient(load_float(from + i), load_float(up + i),
+                                                         grid, at.stats, by, set.clamp));
   });
   if (lane_id() == 0) scratch[warp_id()] = total;
   __syncthreads();
@@ -247,15 +251,17 @@ QMIR_KERNEL qmir_dls_scalars(const ScalarGradients* parts, float* dw, float* dv,
   ScalarGradients mine{};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) add_scalars(mine, parts[i]);
   for (int i = 0; i < 8; ++i) {
-    const double total = block_sum<kThreads>(i < 4 ? mine.scale[i % 4] : mine.shift[i % 4], scratch);
+    const double total =
+        block_sum<kThreads>(i < 4 ? mine.scale[i % 4] : mine.shift[i % 4], scratch);
     if (threadIdx.x == 0) (i < 4 ? dw : dv)[i % 4] = (float)total;
     __syncthreads();
   }
 }
 
 #define QMIR_DLS_KERNELS(name, T)                                                                 \
-  QMIR_KERNEL qmir_dls_moments_##name(const T* x, Moments* parts, int64_t count, int64_t tiles) { \
-    tile_moments(x, parts, count, tiles);                                                         \
+  QMIR_KERNEL qmir_dls_moments_##name(const T* x, Moments* parts, float* pivots, int64_t count,   \
+                                      int64_t tiles) {                                            \
+    tile_moments(x, parts, pivots, count, tiles);                                                 \
   }                                                                                               \
   QMIR_KERNEL qmir_dls_forward_##name(const T* x, const Prediction* found, T* y, int64_t count,   \
                                       int64_t tiles, int32_t quant_min, int32_t quant_max,        \
@@ -268,22 +274,21 @@ QMIR_KERNEL qmir_dls_scalars(const ScalarGradients* parts, float* dw, float* dv,
     tile_sums(grad, x, found, parts, count, tiles,                                                \
               {(float)quant_min, (float)quant_max, 0, clamp});                                    \
   }                                                                                               \
-  QMIR_KERNEL qmir_dls_backward_##name(const T* grad, const T* x, const Prediction* found,        \
-                                       const InputGradient* through, T* dx, int64_t count,        \
-                                       int64_t tiles, int32_t quant_min, int32_t quant_max,       \
-                                       int32_t clamp) {                                           \
+  QMIR_KERNEL qmir_dls_backward_##name(                                                           \
+      const T* grad, const T* x, const Prediction* found, const InputGradient* through, T* dx,    \
+      int64_t count, int64_t tiles, int32_t quant_min, int32_t quant_max, int32_t clamp) {        \
     tile_backward(grad, x, found, through, dx, count, tiles,                                      \
                   {(float)quant_min, (float)quant_max, 0, clamp});                                \
   }                                                                                               \
-  QMIR_ROW_KERNEL qmir_dls_rows_forward_##name(const T* x, const float* w, const float* v, T* y,      \
-                                           int64_t groups, int64_t count, int32_t quant_min,      \
-                                           int32_t quant_max, int32_t cap, int32_t clamp) {       \
+  QMIR_ROW_KERNEL qmir_dls_rows_forward_##name(const T* x, const float* w, const float* v, T* y,  \
+                                               int64_t groups, int64_t count, int32_t quant_min,  \
+                                               int32_t quant_max, int32_t cap, int32_t clamp) {   \
     row_forward(x, w, v, y, groups, count, {(float)quant_min, (float)quant_max, cap, clamp});     \
   }                                                                                               \
-  QMIR_ROW_KERNEL qmir_dls_rows_backward_##name(                                                      \
-      const T* grad, const T* x, const float* w, const float* v, T* dx, ScalarGradients* parts,   \
-      int64_t groups, int64_t count, int32_t quant_min, int32_t quant_max, int32_t cap,           \
-      int32_t clamp) {                                                                            \
+  QMIR_ROW_KERNEL qmir_dls_rows_backward_##name(const T* grad, const T* x, const float* w,        \
+                                                const float* v, T* dx, ScalarGradients* parts,    \
+                                                int64_t groups, int64_t count, int32_t quant_min, \
+                                                int32_t quant_max, int32_t cap, int32_t clamp) {  \
     row_backward(grad, x, w, v, dx, parts, groups, count,                                         \
                  {(float)quant_min, (float)quant_max, cap, clamp});                               \
   }

@@ -20,7 +20,9 @@ struct Weight {
   int64_t rows, count, shifts;
   float low, high;
 
-  __device__ int64_t total() const { return rows * count; }
+  __device__ int64_t total() const {
+    return rows * count;
+  }
   __device__ Grid grid(int64_t row) const {
     return {step[row], shift[shifts > 1 ? row : 0], low, high};
   }
@@ -190,8 +192,8 @@ QMIR_DEVICE void finish(const double* histograms, int64_t blocks, const RowSums*
     moment += histograms[i * 2 * kBins + kBins + bin];
   });
   if (threadIdx.x < T)
-    dthresholds[threadIdx.x] = (float)rfa_threshold_gradient(
-        histogram.mass, histogram.moment, points, T, (int)threadIdx.x);
+    dthresholds[threadIdx.x] = (float)rfa_threshold_gradient(histogram.mass, histogram.moment,
+                                                             points, T, (int)threadIdx.x);
 
   const double scale = 1.0 / sqrt((double)w.count * (double)max_of(w.high, 1.0f));
   double shared = 0.0;
@@ -214,31 +216,28 @@ QMIR_DEVICE void finish(const double* histograms, int64_t blocks, const RowSums*
 }  // namespace
 
 #define QMIR_KERNEL extern "C" __global__ void __launch_bounds__(256)
-#define QMIR_WEIGHT(T)                                           \
-  {                                                              \
-    w, step, shift, rows, count, shifts, (float)quant_min,       \
-        (float)(quant_min + T - 1)                               \
-  }
-#define QMIR_OPERANDS                                                                            \
-  const float *w, const float *step, const float *shift, const float *thresholds, int64_t rows,  \
+#define QMIR_WEIGHT(T) \
+  {w, step, shift, rows, count, shifts, (float)quant_min, (float)(quant_min + T - 1)}
+#define QMIR_OPERANDS                                                                           \
+  const float *w, const float *step, const float *shift, const float *thresholds, int64_t rows, \
       int64_t count, int64_t shifts, int32_t quant_min
 
-#define QMIR_RFA_KERNELS(T)                                                                       \
-  QMIR_KERNEL qmir_rfa_forward_##T(QMIR_OPERANDS, float* y) {                                     \
-    forward<T>(QMIR_WEIGHT(T), thresholds, y);                                                    \
-  }                                                                                               \
-  QMIR_KERNEL qmir_rfa_backward_##T(QMIR_OPERANDS, const float* grad, float* dw, double* parts) { \
-    backward<T>(grad, QMIR_WEIGHT(T), thresholds, dw, parts);                                     \
-  }                                                                                               \
-  QMIR_KERNEL qmir_rfa_rows_##T(QMIR_OPERANDS, const float* grad, const float* dw,                \
-                                RowSums* parts, int64_t tiles) {                                  \
-    row_sums<T>(grad, QMIR_WEIGHT(T), thresholds, dw, parts, tiles);                              \
-  }                                                                                               \
-  QMIR_KERNEL qmir_rfa_finish_##T(QMIR_OPERANDS, const double* histograms, int64_t blocks,        \
-                                  const RowSums* parts, int64_t tiles, float* dstep,              \
-                                  float* dshift, float* dthresholds) {                            \
-    finish<T>(histograms, blocks, parts, tiles, QMIR_WEIGHT(T), thresholds, dstep, dshift,        \
-              dthresholds);                                                                       \
+#define QMIR_RFA_KERNELS(T)                                                                        \
+  QMIR_KERNEL qmir_rfa_forward_##T(QMIR_OPERANDS, float* y) {                                      \
+    forward<T>(QMIR_WEIGHT(T), thresholds, y);                                                     \
+  }                                                                                                \
+  QMIR_KERNEL qmir_rfa_backward_##T(QMIR_OPERANDS, const float* grad, float* dw, double* parts) {  \
+    backward<T>(grad, QMIR_WEIGHT(T), thresholds, dw, parts);                                      \
+  }                                                                                                \
+  QMIR_KERNEL qmir_rfa_rows_##T(QMIR_OPERANDS, const float* grad, const float* dw, RowSums* parts, \
+                                int64_t tiles) {                                                   \
+    row_sums<T>(grad, QMIR_WEIGHT(T), thresholds, dw, parts, tiles);                               \
+  }                                                                                                \
+  QMIR_KERNEL qmir_rfa_finish_##T(QMIR_OPERANDS, const double* histograms, int64_t blocks,         \
+                                  const RowSums* parts, int64_t tiles, float* dstep,               \
+                                  float* dshift, float* dthresholds) {                             \
+    finish<T>(histograms, blocks, parts, tiles, QMIR_WEIGHT(T), thresholds, dstep, dshift,         \
+              dthresholds);                                                                        \
   }
 
 QMIR_RFA_KERNELS(4)

@@ -62,8 +62,7 @@ QMIR_DEVICE void forward(const FloatScan<T>& s, const float* starts, T* y) {
   for (int64_t begin = part.chunk * s.chunk; begin < end; begin += kSteps) {
     load_projection<kStates>(s.B + projections, s, begin, tiles.b);
     load_projection<kStates>(s.C + projections, s, begin, tiles.c);
-    const float largest =
-        load_channels(s, part, begin, tiles.u[warp_id()], tiles.dt[warp_id()]);
+    const float largest = load_channels(s, part, begin, tiles.u[warp_id()], tiles.dt[warp_id()]);
     __syncthreads();
     if (rates.clamped(largest))
       forward_tile<true>(tiles, rates, skip, h, tiles.y[warp_id()]);
@@ -103,8 +102,7 @@ QMIR_DEVICE void chunk_ends(const FloatScan<T>& s, float* ends, float* totals) {
   const int64_t end = min_of((part.chunk + 1) * s.chunk, s.length);
   for (int64_t begin = part.chunk * s.chunk; begin < end; begin += kSteps) {
     load_projection<kStates>(s.B + projections, s, begin, tiles.b);
-    const float largest =
-        load_channels(s, part, begin, tiles.u[warp_id()], tiles.dt[warp_id()]);
+    const float largest = load_channels(s, part, begin, tiles.u[warp_id()], tiles.dt[warp_id()]);
     __syncthreads();
     if (rates.clamped(largest))
       chunk_tile<true>(tiles, rates, h, total);
@@ -142,19 +140,21 @@ QMIR_KERNEL qmir_scan_carry(const float* A, const float* totals, float* ends, in
   }
 }
 
-#define QMIR_OPERANDS(T)                                                                          \
-  const T *u, const T *delta, const float *A, const T *B, const T *C, const float *D,             \
-      const float *bias, int64_t batch, int64_t channels, int64_t groups, int64_t states,         \
+#define QMIR_OPERANDS(T)                                                                  \
+  const T *u, const T *delta, const float *A, const T *B, const T *C, const float *D,     \
+      const float *bias, int64_t batch, int64_t channels, int64_t groups, int64_t states, \
       int64_t length, int32_t softplus, int64_t chunk
-#define QMIR_SCAN(T) \
-  FloatScan<T> { u, delta, B, C, A, D, bias, batch, channels, groups, states, length, softplus, chunk }
+#define QMIR_SCAN(T)                                                                     \
+  FloatScan<T> {                                                                         \
+    u, delta, B, C, A, D, bias, batch, channels, groups, states, length, softplus, chunk \
+  }
 
-#define QMIR_SCAN_KERNELS(name, T)                                                        \
-  QMIR_KERNEL qmir_scan_forward_##name(QMIR_OPERANDS(T), const float* starts, T* y) {     \
-    forward(QMIR_SCAN(T), starts, y);                                                     \
-  }                                                                                       \
-  QMIR_KERNEL qmir_scan_chunks_##name(QMIR_OPERANDS(T), float* ends, float* totals) {     \
-    chunk_ends(QMIR_SCAN(T), ends, totals);                                               \
+#define QMIR_SCAN_KERNELS(name, T)                                                    \
+  QMIR_KERNEL qmir_scan_forward_##name(QMIR_OPERANDS(T), const float* starts, T* y) { \
+    forward(QMIR_SCAN(T), starts, y);                                                 \
+  }                                                                                   \
+  QMIR_KERNEL qmir_scan_chunks_##name(QMIR_OPERANDS(T), float* ends, float* totals) { \
+    chunk_ends(QMIR_SCAN(T), ends, totals);                                           \
   }
 
 QMIR_SCAN_KERNELS(f32, float)

@@ -1,10 +1,11 @@
 // Selective scan of floats, backward; shapes as in qmir_ao/ops/selective_scan.py.
 //
-// With h the states and g = dL/dh, a chunk needs h before it and g behind it. Both come from sums of
-// each chunk alone (qmir_scan_chunk_sums) that are carried over (qmir_scan_carry_both). Then every
-// chunk, of one tile, recomputes its states and runs backwards (qmir_scan_backward). Sums over the
-// channels of a group and over time are made per block, and of blocks in order (qmir_scan_columns,
-// qmir_scan_projections): nothing depends on the order in which blocks run.
+// With h the states and g = dL/dh, a chunk needs h before it and g behind it. Both come from sums
+// of each chunk alone (qmir_scan_chunk_sums) that are carried over (qmir_scan_carry_both). Then
+// every chunk, of one tile, recomputes its states and runs backwards (qmir_scan_backward). Sums
+// over the channels of a group and over time are made per block, and of blocks in order
+// (qmir_scan_columns, qmir_scan_parameters, qmir_scan_projections): nothing depends on the order in
+// which blocks run.
 #include "float_scan.cuh"
 
 using namespace qmir;
@@ -38,9 +39,8 @@ QMIR_DEVICE void load_gradient(const FloatScan<T>& s, const ScanPart& part, cons
                                int64_t begin, float* gy) {
   const int64_t at = begin + lane_id();
   for (int c = 0; c < kChannels; ++c)
-    gy[c * kRow + lane_id()] = c < part.width && at < s.length
-                                   ? load_float(grad + part.row(s, c) * s.length + at)
-                                   : 0.0f;
+    gy[c * kRow + lane_id()] =
+        c < part.width && at < s.length ? load_float(grad + part.row(s, c) * s.length + at) : 0.0f;
 }
 
 // One lane's view of its channel.
@@ -49,9 +49,13 @@ struct Lane {
   const float *b, *by, *u, *dt, *gy;
 
   QMIR_DEVICE Lane(const Tiles& tiles, const WarpTiles& own)
-      : c(lane_id() % kChannels), quarter(lane_id() / kChannels),
-        b(tiles.b + quarter * kRoom<kStates>), by(tiles.c + quarter * kRoom<kStates>),
-        u(own.u + c * kRow), dt(own.dt + c * kRow), gy(own.gy + c * kRow) {}
+      : c(lane_id() % kChannels),
+        quarter(lane_id() / kChannels),
+        b(tiles.b + quarter * kRoom<kStates>),
+        by(tiles.c + quarter * kRoom<kStates>),
+        u(own.u + c * kRow),
+        dt(own.dt + c * kRow),
+        gy(own.gy + c * kRow) {}
 };
 
 // Of one chunk: the state at its end from zero at its start, and what it sends back to the chunk
@@ -129,8 +133,7 @@ QMIR_DEVICE void keep_states(const Lane& lane, const Rates<kStates>& rates, floa
   for (int t = 0; t < kSteps; ++t) {
     if (t % kKept == 0) {
 #pragma unroll
-      for (int i = 0; i < kStates; ++i)
-        kept[(t / kKept * kStates + i) * kWarp + lane_id()] = h[i];
+      for (int i = 0; i < kStates; ++i) kept[(t / kKept * kStates + i) * kWarp + lane_id()] = h[i];
     }
     float b[kStates];
     load_states(lane.b + t * kProjectionRow<kStates>, b);
@@ -235,8 +238,8 @@ template <class T>
 QMIR_DEVICE void store_projections(const FloatScan<T>& s, const ScanPart& part, const Tiles& tiles,
                                    int64_t begin, float* parts) {
   const int64_t all = s.batch * s.groups * s.states * s.length;
-  float* to = parts + part.block * 2 * all +
-              (part.sample * s.groups + part.group) * s.states * s.length;
+  float* to =
+      parts + part.block * 2 * all + (part.sample * s.groups + part.group) * s.states * s.length;
   for (int item = threadIdx.x; item < 2 * kQuarters * kStates * kSteps; item += blockDim.x) {
     const int t = item % kSteps, kind = item / kSteps % 2, state = item / (2 * kSteps);
     if (state >= s.states || begin + t >= s.length) continue;
@@ -321,59 +324,72 @@ QMIR_KERNEL qmir_scan_carry_both(const float* A, const float* totals, float* end
   }
 }
 
-// Sums of `span` rows at a time of a matrix with `columns` columns; block (x, y) makes row y.
-template <class In, class Out>
-QMIR_DEVICE void sum_rows(const In* from, Out* to, int64_t rows, int64_t columns, int64_t span) {
+// Sum of some rows of a column, in order.
+template <class In>
+QMIR_DEVICE double sum_rows(const In* from, int64_t first, int64_t last, int64_t columns) {
+  double total = 0.0;
+#pragma unroll 8
+  for (int64_t row = first; row < last; ++row) total += from[row * columns];
+  return total;
+}
+
+// Sums of `span` rows at a time; block (x, y) makes row y.
+QMIR_KERNEL qmir_scan_columns(const float* from, double* to, int64_t rows, int64_t columns,
+                              int64_t span) {
   const int64_t column = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
   if (column >= columns) return;
   const int64_t first = blockIdx.y * span, last = min_of(first + span, rows);
-  double total = 0.0;
-#pragma unroll 8
-  for (int64_t row = first; row < last; ++row) total += from[row * columns + column];
-  to[blockIdx.y * columns + column] = (Out)total;
+  to[blockIdx.y * columns + column] = sum_rows(from + column, first, last, columns);
 }
 
-QMIR_KERNEL qmir_scan_columns(const float* from, double* to, int64_t rows, int64_t columns,
-                              int64_t span) {
-  sum_rows(from, to, rows, columns, span);
+// Sums of all rows, whose columns are dA (E, N), dD (E) and dbias (E).
+QMIR_KERNEL qmir_scan_parameters(const double* from, float* dA, float* dD, float* dbias,
+                                 int64_t rows, int64_t channels, int64_t states) {
+  const int64_t columns = channels * (states + 2);
+  const int64_t column = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+  if (column >= columns) return;
+  const float total = (float)sum_rows(from + column, 0, rows, columns);
+  const int64_t behind = column - channels * states;
+  if (behind < 0)
+    dA[column] = total;
+  else if (behind < channels)
+    dD[behind] = total;
+  else
+    dbias[behind - channels] = total;
 }
 
-QMIR_KERNEL qmir_scan_columns_last(const double* from, float* to, int64_t rows, int64_t columns) {
-  sum_rows(from, to, rows, columns, rows);
-}
-
-// dB and dC: sums over the blocks of channels, in order.
+// dB and dC, of `count` elements each: sums over the blocks of channels, in order.
 template <class T>
-QMIR_DEVICE void sum_projections(const float* parts, T* to, int64_t blocks, int64_t count) {
+QMIR_DEVICE void sum_projections(const float* parts, T* dB, T* dC, int64_t blocks, int64_t count) {
   const int64_t at = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
-  if (at >= count) return;
+  if (at >= 2 * count) return;
   float total = parts[at];
-  for (int64_t block = 1; block < blocks; ++block) total += parts[block * count + at];
-  store_float(to + at, total);
+  for (int64_t block = 1; block < blocks; ++block) total += parts[block * 2 * count + at];
+  store_float(at < count ? dB + at : dC + (at - count), total);
 }
 
-#define QMIR_OPERANDS(T)                                                                          \
-  const T *u, const T *delta, const float *A, const T *B, const T *C, const float *D,             \
-      const float *bias, int64_t batch, int64_t channels, int64_t groups, int64_t states,         \
+#define QMIR_OPERANDS(T)                                                                  \
+  const T *u, const T *delta, const float *A, const T *B, const T *C, const float *D,     \
+      const float *bias, int64_t batch, int64_t channels, int64_t groups, int64_t states, \
       int64_t length, int32_t softplus, int64_t chunk
-#define QMIR_SCAN(T) \
-  FloatScan<T> { u, delta, B, C, A, D, bias, batch, channels, groups, states, length, softplus, chunk }
+#define QMIR_SCAN(T)                                                                     \
+  FloatScan<T> {                                                                         \
+    u, delta, B, C, A, D, bias, batch, channels, groups, states, length, softplus, chunk \
+  }
 
-#define QMIR_SCAN_KERNELS(name, T)                                                               \
-  extern "C" __global__ void __launch_bounds__(kMostThreads, 1)                                  \
-      qmir_scan_chunk_sums_##name(QMIR_OPERANDS(T), const T* grad, float* ends, float* backs,    \
-                                  float* totals) {                                               \
-    chunk_sums(QMIR_SCAN(T), grad, ends, backs, totals);                                         \
-  }                                                                                              \
-  extern "C" __global__ void __launch_bounds__(kMostThreads, 1)                                  \
-      qmir_scan_backward_##name(QMIR_OPERANDS(T), const T* grad, const float* starts,            \
-                                const float* behind, T* du, T* ddelta, float* projections,       \
-                                float* parameters) {                                             \
-    backward(QMIR_SCAN(T), grad, starts, behind, du, ddelta, projections, parameters);           \
-  }                                                                                              \
-  QMIR_KERNEL qmir_scan_projections_##name(const float* parts, T* to, int64_t blocks,            \
-                                           int64_t count) {                                      \
-    sum_projections(parts, to, blocks, count);                                                   \
+#define QMIR_SCAN_KERNELS(name, T)                                                                 \
+  extern "C" __global__ void __launch_bounds__(kMostThreads, 1) qmir_scan_chunk_sums_##name(       \
+      QMIR_OPERANDS(T), const T* grad, float* ends, float* backs, float* totals) {                 \
+    chunk_sums(QMIR_SCAN(T), grad, ends, backs, totals);                                           \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(kMostThreads, 1) qmir_scan_backward_##name(         \
+      QMIR_OPERANDS(T), const T* grad, const float* starts, const float* behind, T* du, T* ddelta, \
+      float* projections, float* parameters) {                                                     \
+    backward(QMIR_SCAN(T), grad, starts, behind, du, ddelta, projections, parameters);             \
+  }                                                                                                \
+  QMIR_KERNEL qmir_scan_projections_##name(const float* parts, T* dB, T* dC, int64_t blocks,       \
+                                           int64_t count) {                                        \
+    sum_projections(parts, dB, dC, blocks, count);                                                 \
   }
 
 QMIR_SCAN_KERNELS(f32, float)

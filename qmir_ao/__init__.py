@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'qmir_ao' has no attribute {name!r}")
     if name in ("DLSFakeQuantize", "RFAFakeQuantize"):
-        importlib.import_module("qmir_ao.backend.cpu")  # their operators then have kernels
+        importlib.import_module("qmir_ao.backend.kernels")  # their operators then have kernels
     return getattr(importlib.import_module(_HOMES.get(name, "qmir_ao.api")), name)
 
 

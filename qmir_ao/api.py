@@ -51,7 +51,7 @@ def prepare_qat(
 
     from torch.ao.quantization import QConfigMapping
 
-    import qmir_ao.backend.cpu  # noqa: F401  (registers the kernels that training uses)
+    import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels that training uses)
     from qmir_ao.quant.assignment import check_mapping
     from qmir_ao.quant.prepare import prepare_exported, prepare_traced
 
@@ -242,7 +242,7 @@ def sensitivity(
     Raises:
         ConfigError: bad data or bits, or the file belongs to another model, data or setting.
     """
-    import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
+    import qmir_ao.backend.kernels  # noqa: F401  (without its kernels a forward takes minutes)
     from qmir_ao.backend.sensitivity import measure_sensitivity
 
     return measure_sensitivity(model, data, bits=bits, file=file, progress=progress, **settings)
@@ -282,7 +282,7 @@ def assign_bits(
         ConfigError: a budget that nothing fits into (with the smallest that is reachable), a budget
             or metric that is none, or a table of another model or data.
     """
-    import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
+    import qmir_ao.backend.kernels  # noqa: F401  (without its kernels a forward takes minutes)
     from qmir_ao.backend.bit_budget import search_bits
 
     return search_bits(

@@ -24,9 +24,11 @@ def relative(path: Path) -> str:
 
 
 def public(body: list[ast.stmt]) -> list[Documented]:
-    """Functions and classes that a user may call, methods included."""
+    """Functions and classes that a user may call, methods included, without typed overloads."""
     found: list[Documented] = []
     for node in body:
+        if "overload" in [ast.unparse(d) for d in getattr(node, "decorator_list", [])]:
+            continue
         if isinstance(node, Documented) and not node.name.startswith("_"):
             found.append(node)
             if isinstance(node, ast.ClassDef):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qmir_ao.backend.cuda.launch import Launcher, ceil_div, dense
+from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, dense
 from qmir_ao.backend.cuda.registration import cuda_kernel
 from qmir_ao.ops._affine import check_range, group_count
 from qmir_ao.ops.dls import check_scalars
@@ -34,9 +34,9 @@ def _predict(
     parts = _memory(x, groups * tiles, MOMENTS)
     found = _memory(x, groups, PREDICTION)
     kernel = f"qmir_dls_moments_{NAMES[x.dtype]}"
-    launch(SOURCE, kernel, (groups * tiles, 1, 1), BLOCK, [x, parts, count, tiles])
-    pivots = x.reshape(groups, count)[:, 0].float().contiguous()
-    args = [parts, pivots, w, v, found, count, tiles, *grid]
+    pivots = torch.empty(groups, dtype=torch.float32, device=x.device)
+    launch(SOURCE, kernel, (groups * tiles, 1, 1), BLOCK, [x, parts, pivots, count, tiles])
+    args: list[Argument] = [parts, pivots, w, v, found, count, tiles, *grid]
     launch(SOURCE, "qmir_dls_predict", (groups, 1, 1), BLOCK, args)
     return found
 
@@ -68,14 +68,13 @@ def launch_dls_fake_quant(
     """
     scalars = (scale_weights, shift_weights)
     if x.dtype == torch.float64 or not x.numel():
-        return dls_fake_quant_ref(
-            x, *scalars, quant_min, quant_max, per_tensor, cap, clamp_output
-        )
+        return dls_fake_quant_ref(x, *scalars, quant_min, quant_max, per_tensor, cap, clamp_output)
     check_scalars("dls_fake_quant", *scalars)
     check_range("dls_fake_quant", quant_min, quant_max)
     if x.dtype not in NAMES:
         settings = (quant_min, quant_max, per_tensor, cap, clamp_output)
-        return launch_dls_fake_quant(launch, x.float(), *scalars, *settings).to(x.dtype)
+        wide: Tensor = launch_dls_fake_quant(launch, x.float(), *scalars, *settings)
+        return wide.to(x.dtype)
     kept = dense(x)
     w, v = (dense(s.float()) for s in scalars)
     groups = group_count(x, per_tensor)
@@ -83,7 +82,18 @@ def launch_dls_fake_quant(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if count <= LONGEST_ROW:
         blocks = (ceil_div(groups, ROWS_PER_BLOCK), 1, 1)
-        args = [kept, w, v, y, groups, count, quant_min, quant_max, cap, clamp_output]
+        args: list[Argument] = [
+            kept,
+            w,
+            v,
+            y,
+            groups,
+            count,
+            quant_min,
+            quant_max,
+            cap,
+            clamp_output,
+        ]
         launch(SOURCE, f"qmir_dls_rows_forward_{NAMES[x.dtype]}", blocks, ROW_BLOCK, args)
         return y
     found = _predict(launch, kept, w, v, groups, (quant_min, quant_max, cap))
@@ -111,7 +121,9 @@ def launch_dls_fake_quant_backward(
     scalars = (scale_weights, shift_weights)
     settings = (quant_min, quant_max, per_tensor, cap, clamp_output)
     if x.dtype == torch.float64 or not x.numel():
-        return dls_fake_quant_backward_ref(grad, x, *scalars, *settings)
+        return dls_fake_quant_backward_ref(
+            grad, x, *scalars, quant_min, quant_max, per_tensor, cap, clamp_output
+        )
     check_scalars("dls_fake_quant_backward", *scalars)
     check_range("dls_fake_quant_backward", quant_min, quant_max)
     if x.dtype not in NAMES:
@@ -126,7 +138,9 @@ def launch_dls_fake_quant_backward(
     dw, dv = (torch.empty(4, dtype=torch.float32, device=x.device) for _ in scalars)
     short = x.numel() // groups <= LONGEST_ROW
     run = _backward_rows if short else _backward_tiles
-    parts, number = run(launch, up, kept, (w, v), dx, groups, (quant_min, quant_max, cap, clamp_output))
+    parts, number = run(
+        launch, up, kept, (w, v), dx, groups, (quant_min, quant_max, cap, clamp_output)
+    )
     launch(SOURCE, "qmir_dls_scalars", (1, 1, 1), BLOCK, [parts, dw, dv, number])
     return dx, dw.to(scale_weights.dtype), dv.to(shift_weights.dtype)
 
@@ -143,7 +157,7 @@ def _backward_rows(
     """Short groups; returns the scalars' gradients by block, and the number of blocks."""
     blocks = ceil_div(groups, ROWS_PER_BLOCK)
     parts = _memory(x, blocks, SCALARS)
-    args = [up, x, *scalars, dx, parts, groups, x.numel() // groups, *grid]
+    args: list[Argument] = [up, x, *scalars, dx, parts, groups, x.numel() // groups, *grid]
     kernel = f"qmir_dls_rows_backward_{NAMES[x.dtype]}"
     launch(SOURCE, kernel, (blocks, 1, 1), ROW_BLOCK, args)
     return parts, blocks
@@ -168,7 +182,7 @@ def _backward_tiles(
     rest = (count, tiles, quant_min, quant_max)
     launch(SOURCE, f"qmir_dls_sums_{name}", blocks, BLOCK, [up, x, found, parts, *rest, clamp])
     through, sums = _memory(x, groups, THROUGH), _memory(x, groups, SCALARS)
-    args = [parts, found, *scalars, through, sums, *rest, cap]
+    args: list[Argument] = [parts, found, *scalars, through, sums, *rest, cap]
     launch(SOURCE, "qmir_dls_gradient", (groups, 1, 1), BLOCK, args)
     args = [up, x, found, through, dx, *rest, clamp]
     launch(SOURCE, f"qmir_dls_backward_{name}", blocks, BLOCK, args)

@@ -225,7 +225,9 @@ class CudaLauncher:
         capability = torch.cuda.get_device_capability(device)
         architecture = choose_architecture(capability, nvrtc.getSupportedArchs())
         path = compiled(nvrtc, source, architecture, defines)
-        most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(device)
+        plain = properties.shared_memory_per_block
+        most = getattr(properties, "shared_memory_per_block_optin", plain)
         if shared > most:
             raise DeviceError(
                 f"{kernel} needs {shared} bytes of shared memory, {device} has {most}"

@@ -17,6 +17,7 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 """Operator name to `launch(launcher, *operator_args)`, which tests call with a simulator."""
 
 _VARIANTS: dict[str, list[Mapping[str, int]]] = {}
+_DYNAMIC: dict[tuple[str, tuple[tuple[str, int], ...]], int] = {}
 
 
 def declare_variants(source: str, variants: Sequence[Mapping[str, int]]) -> None:
@@ -33,6 +34,24 @@ def declare_variants(source: str, variants: Sequence[Mapping[str, int]]) -> None
 def variants(source: str) -> Sequence[Mapping[str, int]]:
     """Constants with which a source is compiled; sources that declared none have no constants."""
     return _VARIANTS.get(source, [NO_DEFINES])
+
+
+def declare_shared(kernel: str, defines: Mapping[str, int], size: int) -> None:
+    """Say with how much dynamic shared memory a kernel is usually started, for its table.
+
+    Args:
+        kernel: beginning of the kernel's name.
+        defines: the variant.
+        size: bytes.
+    """
+    _DYNAMIC[kernel, tuple(sorted(defines.items()))] = size
+
+
+def dynamic_shared(kernel: str, defines: Mapping[str, int]) -> int:
+    """Bytes of dynamic shared memory that were declared for a kernel, or 0."""
+    given = tuple(sorted(defines.items()))
+    found = (n for (name, of), n in _DYNAMIC.items() if kernel.startswith(name) and of == given)
+    return next(found, 0)
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:

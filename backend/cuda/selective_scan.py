@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qmir_ao.backend.cuda.launch import Launcher, ceil_div, dense
-from qmir_ao.backend.cuda.registration import cuda_kernel, declare_variants
+from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, dense
+from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared, declare_variants
 from qmir_ao.ops.selective_scan import (
     check_operands,
     selective_scan_backward_ref,
@@ -15,7 +15,7 @@ from qmir_ao.ops.selective_scan import (
 
 FORWARD, BACKWARD = "selective_scan", "selective_scan_backward"
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-STATES = (1, 2, 3, 4, 8, 16)
+STATES = (2, 3, 4, 8, 16)
 """States of a lane that have kernels; a channel has four times as many at most."""
 MAX_STATES = 4 * STATES[-1]
 LANE_CHANNELS = 8
@@ -85,6 +85,11 @@ def _warps(per_group: int, most: int) -> int:
     return ceil_div(needed, ceil_div(needed, most))
 
 
+def _most_warps(lane_states: int) -> int:
+    """As in the backward source: each warp needs room for its states."""
+    return 8 if lane_states <= 4 else 4 if lane_states == 8 else 2
+
+
 def _shared(warps: int, lane_states: int) -> int:
     """Bytes of the struct Tiles of the backward source, as far as these warps use it."""
     room = 4 if lane_states == 3 else lane_states
@@ -92,6 +97,12 @@ def _shared(warps: int, lane_states: int) -> int:
     sums = 4 * (ceil_div(2 * lane_states, 8) * 8) + 1
     per_warp = 5 * 8 * (STEPS + 1) + STEPS // kept * lane_states * 32 + STEPS * sums
     return 4 * (2 * STEPS * (4 * room + 4) + warps * per_warp)
+
+
+for _states in STATES:
+    for _kernel in ("qmir_scan_chunk_sums", "qmir_scan_backward"):
+        _bytes = _shared(_most_warps(_states), _states)
+        declare_shared(_kernel, {"QMIR_STATES": _states}, _bytes)
 
 
 def forward_chunk(length: int) -> int:
@@ -130,7 +141,7 @@ def _carry(launch: Launcher, scan: _Scan, kernel: str, totals: Tensor, *ends: Te
     batch, channels, _, states, _ = scan.sizes
     rows = batch * channels
     source = FORWARD if kernel == "qmir_scan_carry" else BACKWARD
-    args = [scan.tensors[2], totals, *ends, rows, channels, states, scan.chunks]
+    args: list[Argument] = [scan.tensors[2], totals, *ends, rows, channels, states, scan.chunks]
     lane_states = next(n for n in STATES if 4 * n >= states)
     blocks = (ceil_div(rows * states, 256), 1, 1)
     launch(source, kernel, blocks, (256, 1, 1), args, defines={"QMIR_STATES": lane_states})
@@ -167,7 +178,7 @@ def launch_selective_scan_backward(launch: Launcher, *args: Any) -> tuple[Tensor
     if wide or A.shape[1] > MAX_STATES or not A.shape[1] or not u.numel():
         return selective_scan_backward_ref(*args)
     lane_states = next(n for n in STATES if 4 * n >= A.shape[1])
-    scan = _scan(tensors, softplus, STEPS, 8 if lane_states <= 4 else 4 if lane_states == 8 else 2)
+    scan = _scan(tensors, softplus, STEPS, _most_warps(lane_states))
     up = dense(grad.to(scan.u.dtype))
     starts, behind = _around_chunks(launch, scan, up)
     du, ddelta = (torch.empty(u.shape, dtype=scan.u.dtype, device=u.device) for _ in range(2))
@@ -176,14 +187,17 @@ def launch_selective_scan_backward(launch: Launcher, *args: Any) -> tuple[Tensor
     parameters = scan.empty(batch * scan.chunks, channels * (states + 2))
     every = [up, starts, behind, du, ddelta, projections, parameters]
     scan.start(launch, BACKWARD, "backward", every)
-    dB, dC = _sum_projections(launch, scan, projections, lane_states)
-    sizes = [channels * states, channels, channels]
-    dA, dD, dbias = _sum_parameters(launch, scan, parameters, lane_states).split(sizes)
-    found = (du, ddelta, dA.reshape(A.shape), dB, dC, dD, dbias)
+    found = (
+        du,
+        ddelta,
+        *_sum_parameters(launch, scan, parameters, lane_states),
+        *_sum_projections(launch, scan, projections, lane_states),
+    )
+    order = (0, 1, 2, 5, 6, 3, 4)
     # Absent operands (D, delta_bias) get an empty gradient.
     return tuple(
-        u.new_empty(0) if x is None else gradient.to(x.dtype, copy=gradient._base is not None)
-        for x, gradient in zip(tensors, found, strict=True)
+        u.new_empty(0) if x is None else found[at].to(x.dtype)
+        for x, at in zip(tensors, order, strict=True)
     )
 
 
@@ -201,28 +215,32 @@ def _around_chunks(launch: Launcher, scan: _Scan, grad: Tensor) -> tuple[Tensor,
 def _sum_projections(
     launch: Launcher, scan: _Scan, parts: Tensor, lane_states: int
 ) -> tuple[Tensor, Tensor]:
-    """dB and dC from the blocks of channels."""
-    blocks, count = parts.shape[0], parts[0].numel()
-    both = torch.empty(parts.shape[1:], dtype=scan.u.dtype, device=parts.device)
+    """Gradients of B and C from the blocks of channels."""
+    blocks, count = parts.shape[0], parts[0, 0].numel()
+    dB, dC = (
+        torch.empty(parts.shape[2:], dtype=scan.u.dtype, device=parts.device) for _ in range(2)
+    )
     kernel = f"qmir_scan_projections_{NAMES[scan.u.dtype]}"
-    grid, defines = (ceil_div(count, 256), 1, 1), {"QMIR_STATES": lane_states}
-    launch(BACKWARD, kernel, grid, (256, 1, 1), [parts, both, blocks, count], defines=defines)
-    return both[0], both[1]
+    grid, defines = (ceil_div(2 * count, 256), 1, 1), {"QMIR_STATES": lane_states}
+    args: list[Argument] = [parts, dB, dC, blocks, count]
+    launch(BACKWARD, kernel, grid, (256, 1, 1), args, defines=defines)
+    return dB, dC
 
 
-def _sum_parameters(launch: Launcher, scan: _Scan, parts: Tensor, lane_states: int) -> Tensor:
-    """Sums over samples and chunks, in two steps of fixed order."""
+def _sum_parameters(
+    launch: Launcher, scan: _Scan, parts: Tensor, lane_states: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of A, D and the bias: sums over samples and chunks, in two steps of fixed order."""
+    _, channels, _, states, _ = scan.sizes
     rows, columns = parts.shape
     spans = ceil_div(rows, SPAN)
     halfway = torch.empty((spans, columns), dtype=torch.float64, device=parts.device)
-    total = scan.empty(columns)
     blocks, defines = ceil_div(columns, 256), {"QMIR_STATES": lane_states}
-    args = [parts, halfway, rows, columns, SPAN]
-    launch(
-        BACKWARD, "qmir_scan_columns", (blocks, spans, 1), (256, 1, 1), args, defines=defines
-    )
-    args = [halfway, total, spans, columns]
-    launch(
-        BACKWARD, "qmir_scan_columns_last", (blocks, 1, 1), (256, 1, 1), args, defines=defines
-    )
-    return total
+    args: list[Argument] = [parts, halfway, rows, columns, SPAN]
+    grid = (blocks, spans, 1)
+    launch(BACKWARD, "qmir_scan_columns", grid, (256, 1, 1), args, defines=defines)
+    dA, dD, dbias = scan.empty(channels, states), scan.empty(channels), scan.empty(channels)
+    args = [halfway, dA, dD, dbias, spans, channels, states]
+    grid = (blocks, 1, 1)
+    launch(BACKWARD, "qmir_scan_parameters", grid, (256, 1, 1), args, defines=defines)
+    return dA, dD, dbias

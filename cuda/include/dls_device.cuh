@@ -31,7 +31,7 @@ QMIR_DEVICE void add_gradient(GradientSums& sums, float x, float g, const Grid& 
   const float code = grid_code(ratio, grid);
   if (clamp) {
     const float y = grid_value(code, grid);
-    const bool under = y < s.low, over = y > s.high;
+    const bool under = y<s.low, over = y> s.high;
     sums.sent_low += under ? g : 0.0f;
     sums.sent_high += over ? g : 0.0f;
     g = under || over ? 0.0f : g;

@@ -20,8 +20,12 @@ struct FloatScan {
   int softplus;
   int64_t chunk;  // time steps of a chunk, a multiple of kSteps
 
-  QMIR_DEVICE int64_t per_group() const { return channels / groups; }
-  QMIR_DEVICE int64_t chunks() const { return (length + chunk - 1) / chunk; }
+  QMIR_DEVICE int64_t per_group() const {
+    return channels / groups;
+  }
+  QMIR_DEVICE int64_t chunks() const {
+    return (length + chunk - 1) / chunk;
+  }
 };
 
 // What a block and its warps work on.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
+import qmir_ao.backend.kernels  # noqa: F401  (without its kernels a forward takes minutes)
 from qmir_ao.recipes.pixels import to_float, to_tensor
 from qmir_ao.recipes.tasks import Task
 
@@ -20,7 +20,7 @@ FAR = 6.0
 
 @dataclass(frozen=True)
 class Scan:
-    """One call of the operator: its input (None where it is codes) and output."""
+    """One call of the operator: its input (None where it is codes) and output, (B, D, L)."""
 
     given: Tensor | None
     made: Tensor
@@ -42,9 +42,10 @@ class _Listener(TorchDispatchMode):
         """Run the operator and keep what a scan gives."""
         out = func(*args, **(kwargs or {}))
         if func in self.float_ops:
-            self.scans.append(Scan(args[0].detach(), out.detach()))
+            # Images and sequences alike.
+            self.scans.append(Scan(args[0].detach().flatten(2), out.detach().flatten(2)))
         elif func in self.integer_ops:
-            self.scans.append(Scan(None, out.detach()))
+            self.scans.append(Scan(None, out.detach().flatten(2)))
         return out
 
 

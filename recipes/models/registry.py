@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-import qmir_ao.backend.cpu  # noqa: F401  (without its kernels a forward takes minutes)
+import qmir_ao.backend.kernels  # noqa: F401  (without its kernels a forward takes minutes)
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.recipes.checkpoint import load_checkpoint
 from qmir_ao.recipes.models import (

@@ -1,9 +1,8 @@
 """Case tables of the operators' tests, for the CPU kernels as for the CUDA ones."""
 
 import torch
-from torch import Tensor
-
 from support.scans import Operands
+from torch import Tensor
 
 DLS_W = torch.tensor([0.1, 0.3, -0.02, 0.05])
 DLS_V = torch.tensor([-1.0, 0.1, 0.02, -0.03])

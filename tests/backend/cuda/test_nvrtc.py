@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from support import kernel_table
 from support.host_launcher import HERE
 from support.nvrtc import (
     ARCHITECTURES,
@@ -16,7 +17,7 @@ from support.nvrtc import (
 
 import qmir_ao.backend.cuda  # noqa: F401  (declares the variants)
 from qmir_ao.backend.cuda import sources
-from qmir_ao.backend.cuda.registration import variants
+from qmir_ao.backend.cuda.registration import dynamic_shared, variants
 
 pytestmark = needs_nvrtc
 
@@ -112,3 +113,16 @@ def test_occupancy_of_known_kernels() -> None:
     # 100 KB a block: one on Orin, two on a Hopper.
     assert occupancy("sm_87", 128, 32, 100 * 1024) == pytest.approx(128 / 1536)
     assert occupancy("sm_90", 128, 32, 100 * 1024) == pytest.approx(256 / 2048)
+
+
+def test_the_table_of_kernels_is_current() -> None:
+    assert kernel_table.PAGE.read_text() == kernel_table.table(), "run `make kernels`"
+
+
+def test_the_table_reads_threads_and_shared_memory() -> None:
+    text = sources.read("selective_scan_backward")
+    compiled = compile_text("12.6", text, "sm_87", {"QMIR_STATES": 4})
+    assert kernel_table._threads(compiled, "qmir_scan_backward_f32") == 256
+    declared = dynamic_shared("qmir_scan_backward_f32", {"QMIR_STATES": 4})
+    assert 48 * 1024 < declared <= 163 * 1024
+    assert dynamic_shared("qmir_scan_columns", {"QMIR_STATES": 4}) == 0
