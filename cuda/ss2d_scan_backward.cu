@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    qmir_ss2d_scan_backward_parameters(const float* parts, Real* da, Real* dd, Real* dbias,
+    qmir_ss2d_scan_backward_parameters(const float* parts, float* da, float* dd, float* dbias,
                                        long long states, QMIR_SCAN_SIZES) {
   qmir::sum_parameters<true>(QMIR_SCAN_SIZE, (int)states, parts, da, dd, dbias);
 }

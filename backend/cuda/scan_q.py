@@ -1,11 +1,13 @@
 """What the two integer scans share: kernel variants, tables and chunks (scan_q_chunks.cuh)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Launcher, ceil_div, dense
+from qmir_ao.backend.cuda.registration import declare_shared, declare_variants
 from qmir_ao.backend.cuda.scan_chunks import TILE, WARP, ScanSize
 from qmir_ao.ops.selective_scan_q import ScanArgs
 
@@ -73,8 +75,16 @@ def variant(states: int, codes: int) -> Variant:
     return next(v for v in sizes if v.shared(apply=True) <= limit)
 
 
-DECLARED = [variant(states, codes).defines for states, codes in ((10, 16), (16, 16), (16, 256))]
-"""Constants of MambaIR's variants, which the tests compile; others compile on their first run."""
+DECLARED = [variant(*kind) for kind in ((10, 16), (16, 16), (16, 256))]
+"""MambaIR's variants, which the tests compile; others compile on their first run."""
+
+
+def declare(op: str, kinds: Sequence[Variant]) -> None:
+    """Name the variants of an operator's source for the tests and the table of kernels."""
+    declare_variants(op, [kind.defines for kind in kinds])
+    for kind in kinds:
+        for part in ("local", "apply"):
+            declare_shared(f"qmir_{op}_{part}", kind.defines, kind.shared(part == "apply"))
 
 
 def variant_of(scan: ScanArgs) -> Variant:

@@ -82,10 +82,17 @@ def backward_variant(states: int, dtype: torch.dtype) -> RealVariant:
     return next(fits, kinds[-1])
 
 
-def runs(states: int, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take these operands; the reference, on the same device, takes others."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    return states <= MAX_STATES and len(dtypes) == 1 and dtypes <= set(DTYPES)
+def runs(tensors: Sequence[Tensor | None], grad: Tensor | None = None) -> bool:
+    """Whether the kernels take these operands; the reference, on the same device, takes others.
+
+    Sequences must be of one type; beside bf16, as under autocast, A, D and the bias may be float32.
+    """
+    u, delta, A, B, C, D, bias = tensors
+    sequences = {x.dtype for x in (u, delta, B, C, grad) if x is not None}
+    parameters = {x.dtype for x in (A, D, bias) if x is not None}
+    known = len(sequences) == 1 and sequences <= set(DTYPES)
+    assert A is not None
+    return known and parameters <= sequences | {torch.float32} and A.shape[1] <= MAX_STATES
 
 
 def carries(size: ScanSize, kind: RealVariant, count: int, device: torch.device) -> list[Tensor]:
@@ -95,8 +102,11 @@ def carries(size: ScanSize, kind: RealVariant, count: int, device: torch.device)
 
 
 def operands(tensors: Sequence[Tensor | None], softplus: bool, size: ScanSize) -> list[Argument]:
-    """Arguments that the kernels of all passes begin with."""
-    kept = (None if x is None else dense(x) for x in tensors)
+    """Arguments that the kernels of all passes begin with; the parameters as float32."""
+    u, delta, A, B, C, D, bias = tensors
+    wide = (x if x is None else x.float() for x in (A, D, bias))
+    A, D, bias = wide
+    kept = (None if x is None else dense(x) for x in (u, delta, A, B, C, D, bias))
     return [*kept, int(softplus), *size]
 
 

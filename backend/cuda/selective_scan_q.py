@@ -7,14 +7,21 @@ from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Launcher
 from qmir_ao.backend.cuda.outside import watched
-from qmir_ao.backend.cuda.registration import cuda_kernel, declare_variants
+from qmir_ao.backend.cuda.registration import cuda_kernel
 from qmir_ao.backend.cuda.scan_chunks import sequences
-from qmir_ao.backend.cuda.scan_q import DECLARED, MAX_STATES, make_table, run_chunks, variant_of
+from qmir_ao.backend.cuda.scan_q import (
+    DECLARED,
+    MAX_STATES,
+    declare,
+    make_table,
+    run_chunks,
+    variant_of,
+)
 from qmir_ao.ops.selective_scan_q import ScanArgs, check_scan, selective_scan_q_ref
 
 OP = "selective_scan_q"
 # The source differs from that of images in leaving out columns: one variant tells.
-declare_variants(OP, DECLARED[-1:])
+declare(OP, DECLARED[-1:])
 
 
 @cuda_kernel(OP, selective_scan_q_ref)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Launcher, ceil_div, dense
-from qmir_ao.backend.cuda.registration import cuda_kernel, declare_variants
+from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared, declare_variants
 from qmir_ao.backend.cuda.scan_chunks import WARP, images
 from qmir_ao.backend.cuda.scan_merge import merge
 from qmir_ao.backend.cuda.scan_real import (
@@ -29,6 +29,13 @@ _DECLARED = ((10, torch.float32), (16, torch.bfloat16))
 
 declare_variants(FORWARD, [forward_variant(*kind).defines for kind in _DECLARED])
 declare_variants(BACKWARD, [backward_variant(*kind).defines for kind in _DECLARED])
+for _kind in _DECLARED:
+    _forward, _backward = forward_variant(*_kind), backward_variant(*_kind)
+    declare_shared("qmir_ss2d_scan_local", _forward.defines, _forward.shared(2, 1))
+    declare_shared("qmir_ss2d_scan_apply", _forward.defines, _forward.shared(3, 2))
+    declare_shared("qmir_ss2d_scan_backward_local", _backward.defines, _backward.shared(3, 2))
+    _bytes = _backward.shared(4, 2, history=True)
+    declare_shared("qmir_ss2d_scan_backward_chunks", _backward.defines, _bytes)
 
 
 @cuda_kernel(FORWARD, ss2d_scan_ref)
@@ -43,7 +50,7 @@ def launch_ss2d_scan(launch: Launcher, *args: Any, steps: int | None = None) -> 
     *tensors, softplus = args
     u, _, A, *_ = tensors
     check_images(*tensors)
-    if not runs(A.shape[1], *tensors):
+    if not runs(tensors):
         return ss2d_scan_ref(*args)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if not y.numel():
@@ -78,7 +85,7 @@ def launch_ss2d_scan_backward(
     grad, *tensors, softplus = args
     u, delta, A, B, C, D, bias = tensors
     check_images(*tensors)
-    if not runs(A.shape[1], grad, *tensors) or not u.numel():
+    if not runs(tensors, grad) or not u.numel():
         return ss2d_scan_backward_ref(*args)
     kind = backward_variant(A.shape[1], u.dtype)
     size = images(*u.shape, kind.warps, steps)
@@ -108,9 +115,9 @@ def launch_ss2d_scan_backward(
     )  # fmt: skip
 
     dB, dC = (torch.empty(x.shape, **real) for x in (B, C))
-    dA = torch.empty(A.shape, **real)
+    dA = torch.empty(A.shape, **wide)
     # Absent operands (D, delta_bias) get an empty gradient.
-    dD, dbias = (torch.empty(0 if x is None else x.shape, **real) for x in (D, bias))
+    dD, dbias = (torch.empty(0 if x is None else x.shape, **wide) for x in (D, bias))
     start_threads(
         launch, BACKWARD, "projections", B.numel(), kind,
         [projections, dB, dC, size.batch * size.groups, blocks, kind.states * size.length],
@@ -125,4 +132,9 @@ def launch_ss2d_scan_backward(
     )  # fmt: skip
     du_image = torch.empty(u.shape, **real)
     merge(launch, BACKWARD, du, du_image, kind.defines)
+    narrow = (
+        g.to(u.dtype if x is None else x.dtype)
+        for g, x in zip((dA, dD, dbias), (A, D, bias), strict=True)
+    )
+    dA, dD, dbias = narrow
     return du_image, ddelta, dA, dB, dC, dD, dbias

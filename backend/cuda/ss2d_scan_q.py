@@ -7,15 +7,22 @@ from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Launcher
 from qmir_ao.backend.cuda.outside import watched
-from qmir_ao.backend.cuda.registration import cuda_kernel, declare_variants
+from qmir_ao.backend.cuda.registration import cuda_kernel
 from qmir_ao.backend.cuda.scan_chunks import images
 from qmir_ao.backend.cuda.scan_merge import merge
-from qmir_ao.backend.cuda.scan_q import DECLARED, MAX_STATES, make_table, run_chunks, variant_of
+from qmir_ao.backend.cuda.scan_q import (
+    DECLARED,
+    MAX_STATES,
+    declare,
+    make_table,
+    run_chunks,
+    variant_of,
+)
 from qmir_ao.ops.selective_scan_q import ScanArgs
 from qmir_ao.ops.ss2d_scan_q import check_image_scan, ss2d_scan_q_ref
 
 OP = "ss2d_scan_q"
-declare_variants(OP, DECLARED)
+declare(OP, DECLARED)
 
 
 @cuda_kernel(OP, ss2d_scan_q_ref)

@@ -1,5 +1,5 @@
 // Selective scan of float32 or bf16 operands in chunks, for sequences and images (scan_walk.cuh).
-// The recurrence runs in float32 with the steps of selective_scan.cuh. A lane is a channel. A state
+// A, D and the bias are float32. The recurrence runs in float32 with the steps of selective_scan.cuh. A lane is a channel. A state
 // that crosses a chunk is multiplied by the product of its decays, which rounds once a step where
 // the recurrence rounds twice.
 #pragma once
@@ -12,8 +12,9 @@ namespace qmir {
 template <class T>
 struct RealScan {
   ScanSize size;
-  const T *u, *delta, *a, *b, *c, *d, *bias;  // d and bias may be null
-  const T* grad;                              // of y; null in the forward pass
+  const T *u, *delta, *b, *c;
+  const float *a, *d, *bias;  // d and bias may be null
+  const T* grad;              // of y; null in the forward pass
   bool softplus;
   // (batch, groups, slots, states, per_group); null in a forward pass of one chunk. State at the
   // end, later at the start, of a chunk; product of its decays; the gradient of the state that it
@@ -71,12 +72,12 @@ struct RealChunk {
       : in(in), block(block), stage(shared, projection_tiles), skip(0.0f), bias(0.0f) {
     const int64_t channel =
         block.group * in.size.per_group + block.channel + (block.valid() ? block.lane : 0);
-    if (in.d && block.valid()) skip = real_value(in.d[channel]);
-    if (in.bias) bias = real_value(in.bias[channel]);
+    if (in.d && block.valid()) skip = in.d[channel];
+    if (in.bias) bias = in.bias[channel];
     float largest = 1e-30f;
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
-      const DecayRate<float> one = real_rate(real_value(in.a[channel * kStates + n]));
+      const DecayRate<float> one = real_rate(in.a[channel * kStates + n]);
       // NaN wins, so that a chunk with one is clamped.
       largest = lane_abs(one.high) <= largest ? largest : lane_abs(one.high);
       if constexpr (Stage::kShared) {
@@ -258,10 +259,10 @@ QMIR_DEVICE void scan_real(const RealScan<T>& in, Out* y) {
 }  // namespace qmir
 
 // Parameters of kernels, in the order of backend/cuda/scan_real.py; `Real` is the operands' type.
-#define QMIR_REAL_PARAMETERS                                                                   \
-  const Real *u, const Real *delta, const Real *a, const Real *b, const Real *c, const Real *d, \
-      const Real *bias, long long softplus, QMIR_SCAN_SIZES, float *end, float *decay
-#define QMIR_REAL_SCAN(grad, reverse)                                               \
-  qmir::RealScan<Real> {                                                            \
-    QMIR_SCAN_SIZE, u, delta, a, b, c, d, bias, grad, softplus != 0, end, decay, reverse \
+#define QMIR_REAL_PARAMETERS                                                                       \
+  const Real *u, const Real *delta, const float *a, const Real *b, const Real *c, const float *d, \
+      const float *bias, long long softplus, QMIR_SCAN_SIZES, float *end, float *decay
+#define QMIR_REAL_SCAN(grad, reverse)                                                    \
+  qmir::RealScan<Real> {                                                                 \
+    QMIR_SCAN_SIZE, u, delta, b, c, a, d, bias, grad, softplus != 0, end, decay, reverse \
   }

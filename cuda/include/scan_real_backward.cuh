@@ -244,9 +244,9 @@ QMIR_DEVICE void sum_projections(const float* parts, T* db, T* dc, int64_t group
 
 // dA, dD and d(bias): the chunks' sums over their steps, added in order, in float64. A thread is one
 // of states + 2 values of a channel.
-template <bool kImage, class T>
-QMIR_DEVICE void sum_parameters(const ScanSize& size, int states, const float* parts, T* da, T* dd,
-                                T* dbias) {
+template <bool kImage>
+QMIR_DEVICE void sum_parameters(const ScanSize& size, int states, const float* parts, float* da,
+                                float* dd, float* dbias) {
   const int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   const int64_t stride = (states + 2) * size.per_group;
   const int64_t group = thread / stride, row = thread % stride / size.per_group;
@@ -260,11 +260,11 @@ QMIR_DEVICE void sum_parameters(const ScanSize& size, int states, const float* p
     for (int64_t k = 0; k < chunks; ++k) sum = sum + (double)p[k * stride];
   }
   if (row < states)
-    set_real(da + channel * states + row, (float)sum);
+    da[channel * states + row] = (float)sum;
   else if (row == states && dd)
-    set_real(dd + channel, (float)sum);
+    dd[channel] = (float)sum;
   else if (row == states + 1 && dbias)
-    set_real(dbias + channel, (float)sum);
+    dbias[channel] = (float)sum;
 }
 
 }  // namespace qmir

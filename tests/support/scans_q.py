@@ -4,6 +4,11 @@ import numpy as np
 import torch
 from support.integers import code_range, codes, grid
 from support.scans import follow, put_back, walks
+from support.tolerances import (
+    DIRECTION_SUM_ROUNDINGS,
+    scan_q_computed_roundings,
+    scan_q_roundings,
+)
 from torch import Tensor
 
 from qmir_ao.ops.selective_scan_q import ScanArgs, selective_scan_q_ref
@@ -110,22 +115,52 @@ def float64_recurrence(args: ScanArgs) -> tuple[Tensor, Tensor, float, float]:
     return y + D * u, y_abs + abs(D) * u_abs, exponent, offset
 
 
+def scan_bound(args: ScanArgs, computed: bool) -> tuple[Tensor, Tensor]:
+    """The scan in float64, and how far from it a result may be.
+
+    Args:
+        args: operands.
+        computed: whether decays are computed instead of read from a table.
+    """
+    exact, magnitude, exponent, offset = float64_recurrence(args)
+    roundings = scan_q_computed_roundings if computed else scan_q_roundings
+    count = roundings(args.u.shape[2], args.A.shape[1], exponent, offset)
+    return exact, count * 2.0**-24 * magnitude
+
+
+def along(args: ScanArgs, k: int, walk: np.ndarray) -> ScanArgs:
+    """Operands of the plain scan in direction k of an image."""
+    channels = args.u.shape[1]
+    own = slice(k * channels, (k + 1) * channels)
+    return args._replace(
+        u=follow(args.u, walk),
+        delta=follow(args.delta[:, own], walk),
+        A=args.A[own],
+        B=follow(args.B[:, k : k + 1], walk),
+        C=follow(args.C[:, k : k + 1], walk),
+        D=None if args.D is None else args.D[own],
+        delta_bias=None if args.delta_bias is None else args.delta_bias[own],
+    )
+
+
+def image_bound(args: ScanArgs, computed: bool) -> tuple[Tensor, Tensor]:
+    """The scan of an image in float64, and how far from it a result may be."""
+    height, width = args.u.shape[2:]
+    exact, allowed = torch.zeros(args.u.shape).double(), torch.zeros(args.u.shape).double()
+    for k, walk in enumerate(walks(height, width)):
+        plain = along(args, k, walk)
+        y, error = scan_bound(plain, computed)
+        sums = DIRECTION_SUM_ROUNDINGS * 2.0**-24 * (y.abs() + error)
+        exact += put_back(y, walk, height, width)
+        allowed += put_back(error + sums, walk, height, width)
+    return exact, allowed
+
+
 def walked(args: ScanArgs) -> Tensor:
     """Four plain reference scans along their walks, added in the stated order."""
-    channels, height, width = args.u.shape[1:]
-    images = []
-    for k, walk in enumerate(walks(height, width)):
-        own = slice(k * channels, (k + 1) * channels)
-        y = selective_scan_q_ref(
-            *args._replace(
-                u=follow(args.u, walk),
-                delta=follow(args.delta[:, own], walk),
-                A=args.A[own],
-                B=follow(args.B[:, k : k + 1], walk),
-                C=follow(args.C[:, k : k + 1], walk),
-                D=None if args.D is None else args.D[own],
-                delta_bias=None if args.delta_bias is None else args.delta_bias[own],
-            )
-        )
-        images.append(put_back(y, walk, height, width))
+    height, width = args.u.shape[2:]
+    images = [
+        put_back(selective_scan_q_ref(*along(args, k, walk)), walk, height, width)
+        for k, walk in enumerate(walks(height, width))
+    ]
     return (images[0] + images[2]) + (images[1] + images[3])

@@ -7,13 +7,13 @@ import torch
 from support.host_launcher import HostLauncher, needs_compiler
 from support.integers import code_range, same_bytes
 from support.scan_tables import from_kernel_table, kernel_table, mutated
-from support.scans_q import Size, float64_recurrence, operands
-from support.tolerances import SCAN_TABLE, scan_q_computed_roundings, scan_q_roundings
+from support.scans_q import Size, operands, scan_bound
+from support.tolerances import SCAN_TABLE
 from torch import Tensor
 
 from qmir_ao.backend.cuda import selective_scan_q as module
 from qmir_ao.backend.cuda.scan_chunks import chunk_steps, sequences
-from qmir_ao.backend.cuda.scan_q import MAX_STATES, Variant, make_table, variant, variant_of
+from qmir_ao.backend.cuda.scan_q import MAX_STATES, make_table, variant, variant_of
 from qmir_ao.backend.cuda.selective_scan_q import launch_selective_scan_q
 from qmir_ao.ops.selective_scan_q import ScanArgs, selective_scan_q_ref
 
@@ -36,15 +36,8 @@ CHUNKED: dict[str, tuple[Size, int]] = {
 }
 
 
-def bound(args: ScanArgs, size: Size, kind: Variant) -> tuple[Tensor, Tensor]:
-    """The scan in float64, and how far a result may be from it."""
-    exact, magnitude, exponent, offset = float64_recurrence(args)
-    roundings = scan_q_roundings if kind.table else scan_q_computed_roundings
-    return exact, roundings(size[4], size[3], exponent, offset) * 2.0**-24 * magnitude
-
-
-def assert_close(result: Tensor, args: ScanArgs, size: Size) -> None:
-    exact, allowed = bound(args, size, variant_of(args))
+def assert_close(result: Tensor, args: ScanArgs) -> None:
+    exact, allowed = scan_bound(args, computed=not variant_of(args).table)
     assert ((result - exact).abs() <= allowed).all()
 
 
@@ -68,7 +61,7 @@ def test_one_chunk_and_the_references_table_give_the_references_bytes(
 def test_chunks_are_as_close_to_float64_as_the_reference(size: Size, steps: int, bits: int) -> None:
     args = operands(5, size, bits)
     results = [launch_selective_scan_q(HostLauncher(s), *args, steps=steps) for s in range(3)]
-    assert_close(results[0], args, size)
+    assert_close(results[0], args)
     assert all(same_bytes(results[0], other) for other in results[1:])
 
 
@@ -80,7 +73,7 @@ def test_computed_decays_are_close_to_float64(size: Size, bits: int) -> None:
     args = operands(3, size, bits)
     assert not variant_of(args).table
     for steps in (16, 64):
-        assert_close(launch_selective_scan_q(HostLauncher(steps), *args, steps=steps), args, size)
+        assert_close(launch_selective_scan_q(HostLauncher(steps), *args, steps=steps), args)
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
@@ -188,7 +181,7 @@ def test_mutated_kernels_are_caught(pattern: str, replacement: str, tmp_path: Pa
     size = (1, 1, 5, 3, 95)
     args = operands(5, size, 4)
     folder = mutated(tmp_path, "selective_scan_q", pattern, replacement)
-    exact, allowed = bound(args, size, variant_of(args))
+    exact, allowed = scan_bound(args, computed=False)
     caught = []
     for seed in range(4):
         try:

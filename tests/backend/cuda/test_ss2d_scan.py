@@ -80,6 +80,22 @@ def test_bf16_is_the_rounded_float32_result(steps: int | None) -> None:
         assert same_bytes(got, want.bfloat16()), name
 
 
+def test_parameters_may_stay_float32_beside_bf16() -> None:
+    wide = [
+        x.bfloat16().float() if i in (0, 1, 3, 4) else x
+        for i, x in enumerate(operands((1, 5, 3, 6, 9)))
+    ]
+    tensors = [x.bfloat16() if i in (0, 1, 3, 4) else x for i, x in enumerate(wide)]
+    y = forward(None)(*tensors, True)
+    assert same_bytes(y, forward(None)(*wide, True).bfloat16())
+    grad = torch.randn(y.shape).bfloat16()
+    gradients = backward(None)(grad, *tensors, True)
+    for x, got, want in zip(
+        tensors, gradients, backward(None)(grad.float(), *wide, True), strict=True
+    ):
+        assert same_bytes(got, want.to(x.dtype))
+
+
 def test_orders_of_threads_batch_mates_and_blocks_change_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
