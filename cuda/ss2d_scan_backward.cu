@@ -1,5 +1,5 @@
-// Gradients of the selective scan of an image in four directions: states and what they pass back, of
-// each chunk and carried between them; gradients of each chunk; and their sums over directions,
+// Gradients of the selective scan of an image in four directions: states and what they pass back,
+// of each chunk and carried between them; gradients of each chunk; and their sums over directions,
 // channels and time. See scan_real_backward.cuh.
 // Compiled for QMIR_STATES states, QMIR_WARPS warps, and QMIR_BF16 1 for bf16 operands.
 #include "scan_real_backward.cuh"

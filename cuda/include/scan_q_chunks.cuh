@@ -1,8 +1,8 @@
 // Selective scan of quantized operands in chunks, for sequences and images (scan_walk.cuh). The
 // float32 operations within a chunk are those of qmir_ao/ops/selective_scan_q.py, in its order and
 // each rounded on its own, so that a scan of one chunk gives the reference's bytes. A state that
-// crosses a chunk is multiplied by one decay for the sum of the chunk's delta instead of by one after
-// the other, which rounds less (tests/support/tolerances.py, scan_q_roundings).
+// crosses a chunk is multiplied by one decay for the sum of the chunk's delta instead of by one
+// after the other, which rounds less (tests/support/tolerances.py, scan_q_roundings).
 //
 // A lane is a channel. Where the decays of all codes of 32 channels fit into shared memory
 // (QMIR_TABLE) a step reads its row there: lane l finds its values in its own banks, whatever the
@@ -31,9 +31,15 @@ struct CodeSource {
   int64_t groups;
   int flip;  // 128 for int8, 0 for uint8
 
-  QMIR_DEVICE int code(uint32_t byte) const { return (int)(byte ^ (uint32_t)flip) - flip; }
-  QMIR_DEVICE float step_of(int64_t sample) const { return step[groups > 1 ? sample : 0]; }
-  QMIR_DEVICE float shift_of(int64_t sample) const { return shift[groups > 1 ? sample : 0]; }
+  QMIR_DEVICE int code(uint32_t byte) const {
+    return (int)(byte ^ (uint32_t)flip) - flip;
+  }
+  QMIR_DEVICE float step_of(int64_t sample) const {
+    return step[groups > 1 ? sample : 0];
+  }
+  QMIR_DEVICE float shift_of(int64_t sample) const {
+    return shift[groups > 1 ? sample : 0];
+  }
 };
 
 struct ScanQ {
@@ -101,7 +107,8 @@ QMIR_DEVICE void make_scan_table(const float* step, const float* shift, const fl
 // States whose rates, products and loads under way fit into registers together.
 constexpr int kRegisterStates = 32;
 
-// Shared memory of a block: the table, rates of the channels where they lie here, then of each warp codes, B, C and outputs.
+// Shared memory of a block: the table, rates of the channels where they lie here, then of each warp
+// codes, B, C and outputs.
 template <int kStates, bool kTable, int kWarps>
 struct ScanQStage {
   using Tile = ChannelTile<kWarps>;
@@ -151,7 +158,7 @@ struct ChunkQ {
   float u_step, u_shift, skip;
   bool missed;
   float h[kStates];
-  LongSum elapsed;  // delta of all steps so far
+  LongSum elapsed;                            // delta of all steps so far
   float rate[kTable || kMany ? 1 : kStates];  // A * log2(e)
 
   QMIR_DEVICE int64_t carry_at(int n) const {
@@ -162,9 +169,15 @@ struct ChunkQ {
 
   QMIR_DEVICE ChunkQ(const ScanQ& in, const ScanBlock<kImage, kWarps>& block, float* shared,
                      const float* a)
-      : in(in), block(block), a(a), stage(shared, in.code_count, kApply),
-        u_step(in.u.step_of(block.sample)), u_shift(in.u.shift_of(block.sample)), skip(0.0f),
-        missed(false), elapsed{0.0f, 0.0f} {
+      : in(in),
+        block(block),
+        a(a),
+        stage(shared, in.code_count, kApply),
+        u_step(in.u.step_of(block.sample)),
+        u_shift(in.u.shift_of(block.sample)),
+        skip(0.0f),
+        missed(false),
+        elapsed{0.0f, 0.0f} {
     const bool real = block.valid() && block.own.count > 0;
     const int64_t channel =
         block.group * in.size.per_group + block.channel + (block.valid() ? block.lane : 0);
@@ -179,7 +192,9 @@ struct ChunkQ {
         stage.rates[n * kWarp + block.lane] = rate_of(a[channel * kStates + n]);
   }
 
-  QMIR_DEVICE static float rate_of(float a) { return a * (float)1.4426950408889634; }
+  QMIR_DEVICE static float rate_of(float a) {
+    return a * (float)1.4426950408889634;
+  }
 
   QMIR_DEVICE void load_table() const {
     const int64_t blocks = ScanBlock<kImage, kWarps>::blocks(in.size);
@@ -292,7 +307,8 @@ struct ChunkQ {
     if (!block.valid() || block.own.count == 0) return;
     if (missed) *in.outside = 1;
     if constexpr (!kApply) {
-      const float* rates = a + (block.group * in.size.per_group + block.channel + block.lane) * kStates;
+      const float* rates =
+          a + (block.group * in.size.per_group + block.channel + block.lane) * kStates;
       const float total = elapsed.total();
 #pragma unroll
       for (int n = 0; n < kStates; ++n) {
@@ -316,13 +332,13 @@ QMIR_DEVICE void scan_q_chunks(const ScanQ& in, const float* a) {
 }  // namespace qmir
 
 // Parameters of the kernels, in the order of backend/cuda/scan_q.py.
-#define QMIR_SCAN_Q_PARAMETERS                                                                 \
-  const uint8_t *u, const float *u_step, const float *u_shift, const uint8_t *delta,           \
-      const uint8_t *b, const float *b_step, const float *b_shift, const uint8_t *c,           \
-      const float *c_step, const float *c_shift, const float *a, const float *d,               \
-      const float *table, QMIR_SCAN_SIZES, long long u_groups, long long table_groups,         \
-      long long b_groups, long long c_groups, long long unsigned_u, long long unsigned_delta,  \
-      long long unsigned_b, long long unsigned_c, long long code_min, long long code_count,    \
+#define QMIR_SCAN_Q_PARAMETERS                                                                \
+  const uint8_t *u, const float *u_step, const float *u_shift, const uint8_t *delta,          \
+      const uint8_t *b, const float *b_step, const float *b_shift, const uint8_t *c,          \
+      const float *c_step, const float *c_shift, const float *a, const float *d,              \
+      const float *table, QMIR_SCAN_SIZES, long long u_groups, long long table_groups,        \
+      long long b_groups, long long c_groups, long long unsigned_u, long long unsigned_delta, \
+      long long unsigned_b, long long unsigned_c, long long code_min, long long code_count,   \
       float *end, float *decay, float *y, int *outside
 #define QMIR_SCAN_Q                                                                   \
   qmir::ScanQ {                                                                       \

@@ -1,7 +1,7 @@
 // Selective scan of float32 or bf16 operands in chunks, for sequences and images (scan_walk.cuh).
-// A, D and the bias are float32. The recurrence runs in float32 with the steps of selective_scan.cuh. A lane is a channel. A state
-// that crosses a chunk is multiplied by the product of its decays, which rounds once a step where
-// the recurrence rounds twice.
+// A, D and the bias are float32. The recurrence runs in float32 with the steps of
+// selective_scan.cuh. A lane is a channel. A state that crosses a chunk is multiplied by the
+// product of its decays, which rounds once a step where the recurrence rounds twice.
 #pragma once
 #include "scan_merge.cuh"
 #include "scan_walk.cuh"
@@ -25,8 +25,8 @@ struct RealScan {
 // Of how many states the rates stay in registers; with more they lie in shared memory.
 constexpr int kRealRegisterStates = 16;
 
-// Shared memory of a block: rates of its channels, then tiles of each warp. `channels` of those hold
-// floats of 32 channels, `projections` hold B or C.
+// Shared memory of a block: rates of its channels, then tiles of each warp. `channels` of those
+// hold floats of 32 channels, `projections` hold B or C.
 template <int kStates, int kWarps, int kSteps>
 struct RealStage {
   using Channels = ChannelTile<kWarps, kSteps>;
@@ -37,7 +37,8 @@ struct RealStage {
   float *rates, *projections, *channels;
 
   QMIR_DEVICE RealStage(float* shared, int projection_tiles)
-      : rates(shared), projections(shared + kRates),
+      : rates(shared),
+        projections(shared + kRates),
         channels(projections + projection_tiles * kWarps * Projection::kFloats) {}
 
   QMIR_DEVICE float* projection(int i) const {
@@ -104,7 +105,9 @@ struct RealChunk {
     }
   }
 
-  QMIR_DEVICE bool real() const { return block.valid() && block.own.count > 0; }
+  QMIR_DEVICE bool real() const {
+    return block.valid() && block.own.count > 0;
+  }
 
   // Row `row` of `rows` of this lane and chunk in a tensor (batch, groups, slots, rows, per_group).
   QMIR_DEVICE int64_t carry_at(int row, int rows = kStates) const {
@@ -160,9 +163,9 @@ struct RealChunk {
 template <bool kImage, int kStates, int kWarps, int kSteps, class T, bool kApply, bool kReverse>
 struct RealForward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
   using Base = RealChunk<kImage, kStates, kWarps, kSteps, T>;
-  using typename Base::Block, typename Base::Projection;
   using Base::block, Base::in, Base::skip, Base::stage;
   using Base::kDt, Base::kGrad, Base::kU;
+  using typename Base::Block, typename Base::Projection;
   // The output takes the tile that the gradient has otherwise.
   static constexpr int kOut = Base::kGrad;
 
@@ -217,8 +220,7 @@ struct RealForward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
       this->load_channels(tile, in.delta + this->own_plane(), kDt);
       this->load_projection(tile, in.b, 0);
       if constexpr (kApply || kReverse) this->load_projection(tile, in.c, 1);
-      if constexpr (kReverse)
-        this->load_channels(tile, in.grad + this->shared_plane(), kGrad);
+      if constexpr (kReverse) this->load_channels(tile, in.grad + this->shared_plane(), kGrad);
       block.sync();
       const int steps = block.steps_in(block.own, tile);
       if (this->template make_time_steps<false>(steps))
@@ -259,7 +261,7 @@ QMIR_DEVICE void scan_real(const RealScan<T>& in, Out* y) {
 }  // namespace qmir
 
 // Parameters of kernels, in the order of backend/cuda/scan_real.py; `Real` is the operands' type.
-#define QMIR_REAL_PARAMETERS                                                                       \
+#define QMIR_REAL_PARAMETERS                                                                      \
   const Real *u, const Real *delta, const float *a, const Real *b, const Real *c, const float *d, \
       const float *bias, long long softplus, QMIR_SCAN_SIZES, float *end, float *decay
 #define QMIR_REAL_SCAN(grad, reverse)                                                    \

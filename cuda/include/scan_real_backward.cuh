@@ -1,9 +1,10 @@
-// Gradients of the selective scan (scan_real.cuh). Every chunk has by now the state at its start and
-// the gradient of the state at its end. It goes through its tiles once to keep the state at the start
-// of each, then backwards: through a tile to keep the states of its steps, and back through them.
+// Gradients of the selective scan (scan_real.cuh). Every chunk has by now the state at its start
+// and the gradient of the state at its end. It goes through its tiles once to keep the state at the
+// start of each, then backwards: through a tile to keep the states of its steps, and back through
+// them.
 //
-// Sums over time of a chunk, and over the 32 channels of a block, are partial sums in memory; others
-// add them in a fixed order. Nothing depends on the order in which blocks run.
+// Sums over time of a chunk, and over the 32 channels of a block, are partial sums in memory;
+// others add them in a fixed order. Nothing depends on the order in which blocks run.
 #pragma once
 #include "scan_real.cuh"
 
@@ -11,10 +12,10 @@ namespace qmir {
 
 template <class T>
 struct RealGradients {
-  float* du;          // (batch, groups, per_group, length)
-  T* ddelta;          // the same
-  float* states;      // (batch, groups, slots, tiles of a chunk, states, per_group)
-  float* parameters;  // (batch, groups, slots, states + 2, per_group): dA, dD, d(bias)
+  float* du;           // (batch, groups, per_group, length)
+  T* ddelta;           // the same
+  float* states;       // (batch, groups, slots, tiles of a chunk, states, per_group)
+  float* parameters;   // (batch, groups, slots, states + 2, per_group): dA, dD, d(bias)
   float* projections;  // dB, then dC: (2, batch, groups, blocks of channels, states, length)
 };
 
@@ -35,9 +36,9 @@ QMIR_DEVICE float scatter_sum(float (&v)[kWarp], int lane) {
 template <bool kImage, int kStates, int kWarps, int kSteps, class T>
 struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
   using Base = RealChunk<kImage, kStates, kWarps, kSteps, T>;
-  using typename Base::Block, typename Base::Projection;
   using Base::block, Base::in, Base::skip, Base::stage;
   using Base::kDt, Base::kGrad, Base::kRaw, Base::kU;
+  using typename Base::Block, typename Base::Projection;
   // States go 16 at a time: their dB and dC are the 32 values of scatter_sum.
   static constexpr int kHalf = kWarp / 2;
   static constexpr int kSets = (kStates + kHalf - 1) / kHalf;
@@ -168,8 +169,8 @@ struct RealBackward : RealChunk<kImage, kStates, kWarps, kSteps, T> {
     const int64_t blocks = Block::blocks(in.size);
     const int64_t group = block.sample * in.size.groups + block.group;
     const int64_t half = in.size.batch * in.size.groups * blocks * kStates * in.size.length;
-    float* db = out.projections +
-                (group * blocks + block.channel / kWarp) * kStates * in.size.length;
+    float* db =
+        out.projections + (group * blocks + block.channel / kWarp) * kStates * in.size.length;
     block.template each<kStates, 1>(tile, [&](int owner, int n, const Place& p) {
       const float* from = sums + owner * kSums + p.t * kSumPitch + n / kHalf * kWarp + n % kHalf;
       db[n * in.size.length + p.at] = from[0];
@@ -242,8 +243,8 @@ QMIR_DEVICE void sum_projections(const float* parts, T* db, T* dc, int64_t group
   }
 }
 
-// dA, dD and d(bias): the chunks' sums over their steps, added in order, in float64. A thread is one
-// of states + 2 values of a channel.
+// dA, dD and d(bias): the chunks' sums over their steps, added in order, in float64. A thread is
+// one of states + 2 values of a channel.
 template <bool kImage>
 QMIR_DEVICE void sum_parameters(const ScanSize& size, int states, const float* parts, float* da,
                                 float* dd, float* dbias) {
@@ -255,8 +256,7 @@ QMIR_DEVICE void sum_parameters(const ScanSize& size, int states, const float* p
   const int64_t chunks = Walk<kImage>(size, group).chunks();
   double sum = 0.0;
   for (int64_t sample = 0; sample < size.batch; ++sample) {
-    const float* p =
-        parts + (sample * size.groups + group) * size.slots * stride + thread % stride;
+    const float* p = parts + (sample * size.groups + group) * size.slots * stride + thread % stride;
     for (int64_t k = 0; k < chunks; ++k) sum = sum + (double)p[k * stride];
   }
   if (row < states)

@@ -11,7 +11,8 @@
 
 namespace qmir {
 
-constexpr int kTile = 16;  // steps that a warp holds in shared memory at once, unless said otherwise
+constexpr int kTile =
+    16;  // steps that a warp holds in shared memory at once, unless said otherwise
 
 // Sizes of a launch (backend/cuda/scan_chunks.py makes them). A unit is what the warps of a block
 // are apart: `row_steps` of a row; a column, or several where they are short. Columns longer than
@@ -34,15 +35,20 @@ struct Walk {
   int height, width;  // of the image, for columns only
 
   QMIR_DEVICE Walk(const ScanSize& size, int64_t group)
-      : columns(kImage && group % 2 == 1), back(kImage && group >= 2),
+      : columns(kImage && group % 2 == 1),
+        back(kImage && group >= 2),
         unit(columns ? size.column_unit : size.row_steps),
         units((size.length + unit - 1) / unit),
         parts(columns ? (unit + size.column_steps - 1) / size.column_steps : 1),
-        length(size.length), steps((int)(columns ? size.column_steps : size.row_steps)),
+        length(size.length),
+        steps((int)(columns ? size.column_steps : size.row_steps)),
         steps_at_most((int)max_of(size.column_steps, size.row_steps)),
-        height((int)size.height), width(columns ? (int)(size.length / size.height) : 0) {}
+        height((int)size.height),
+        width(columns ? (int)(size.length / size.height) : 0) {}
 
-  QMIR_DEVICE int64_t chunks() const { return units * parts; }
+  QMIR_DEVICE int64_t chunks() const {
+    return units * parts;
+  }
 };
 
 // One chunk; steps are counted from `start` of its unit in the order of memory.
@@ -91,7 +97,9 @@ struct ScanBlock {
   }
 
   // The same for all threads of a block: another direction has more blocks.
-  QMIR_DEVICE bool idle() const { return first_unit >= walk.units; }
+  QMIR_DEVICE bool idle() const {
+    return first_unit >= walk.units;
+  }
 
   QMIR_DEVICE Span span(int owner) const {
     Span s;
@@ -103,7 +111,9 @@ struct ScanBlock {
     return s;
   }
 
-  QMIR_DEVICE bool valid() const { return lane < channels; }
+  QMIR_DEVICE bool valid() const {
+    return lane < channels;
+  }
 
   // Tiles of this warp's loop. Columns are loaded by all warps, which go on together.
   QMIR_DEVICE int tiles() const {
@@ -191,8 +201,8 @@ struct ProjectionTile {
   }
 
   QMIR_DEVICE static void load(const float* base, int owner, int t, int quad, float (&four)[4]) {
-    const float4 v = *reinterpret_cast<const float4*>(base + owner * kFloats +
-                                                      (t * kPitch + quad) * 4);
+    const float4 v =
+        *reinterpret_cast<const float4*>(base + owner * kFloats + (t * kPitch + quad) * 4);
     four[0] = v.x;
     four[1] = v.y;
     four[2] = v.z;
@@ -230,7 +240,9 @@ struct LongSum {
     sum = next;
   }
 
-  QMIR_DEVICE float total() const { return sum + rest; }
+  QMIR_DEVICE float total() const {
+    return sum + rest;
+  }
 };
 
 // One state at the start of each chunk of a group, from the product of the chunk's decays and the
@@ -276,12 +288,12 @@ QMIR_DEVICE void carry_scan(const ScanSize& size, int rows, const float* decay, 
 }  // namespace qmir
 
 // Parameters of kernels: a ScanSize, field by field as in backend/cuda/scan_chunks.py.
-#define QMIR_SCAN_SIZES                                                                        \
-  long long batch, long long groups, long long per_group, long long length, long long height,  \
-      long long row_steps, long long column_unit, long long column_steps, long long slots,     \
+#define QMIR_SCAN_SIZES                                                                       \
+  long long batch, long long groups, long long per_group, long long length, long long height, \
+      long long row_steps, long long column_unit, long long column_steps, long long slots,    \
       long long time_blocks
-#define QMIR_SCAN_SIZE                                                                   \
-  qmir::ScanSize {                                                                       \
+#define QMIR_SCAN_SIZE                                                                     \
+  qmir::ScanSize {                                                                         \
     batch, groups, per_group, length, height, row_steps, column_unit, column_steps, slots, \
-        time_blocks                                                                      \
+        time_blocks                                                                        \
   }
