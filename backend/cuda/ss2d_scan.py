@@ -56,7 +56,8 @@ def launch_ss2d_scan(launch: Launcher, *args: Any, steps: int | None = None) -> 
     if not y.numel():
         return y
     kind = forward_variant(A.shape[1], u.dtype)
-    size = images(*u.shape, kind.warps, steps)
+    batch, channels, height, width = u.shape
+    size = images(batch, channels, height, width, kind.warps, steps)
     given = operands(tensors, softplus, size)
     end, decay = carries(size, kind, 2, u.device) if size.slots > 1 else (None, None)
     if end is not None:
@@ -88,7 +89,8 @@ def launch_ss2d_scan_backward(
     if not runs(tensors, grad) or not u.numel():
         return ss2d_scan_backward_ref(*args)
     kind = backward_variant(A.shape[1], u.dtype)
-    size = images(*u.shape, kind.warps, steps)
+    batch, channels, height, width = u.shape
+    size = images(batch, channels, height, width, kind.warps, steps)
     real = {"dtype": u.dtype, "device": u.device}
     wide = {"dtype": torch.float32, "device": u.device}
     given = operands(tensors, softplus, size)

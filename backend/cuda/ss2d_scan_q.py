@@ -48,7 +48,8 @@ def launch_ss2d_scan_q(
     if not y.numel():
         return y
     kind = variant_of(scan)
-    size = images(*scan.u.shape, kind.warps, steps)
+    batch, channels, height, width = scan.u.shape
+    size = images(batch, channels, height, width, kind.warps, steps)
     table = make_table(launch, OP, scan, size, kind) if table is None else table
     with watched(OP, scan) as outside:
         parts = run_chunks(launch, OP, scan, size, kind, table, outside)
