@@ -6,4 +6,7 @@ import qmir_ao.backend.cuda.dls_fake_quant
 import qmir_ao.backend.cuda.linear
 import qmir_ao.backend.cuda.pack
 import qmir_ao.backend.cuda.rfa_fake_quant
-import qmir_ao.backend.cuda.selective_scan  # noqa: F401
+import qmir_ao.backend.cuda.selective_scan
+import qmir_ao.backend.cuda.selective_scan_q
+import qmir_ao.backend.cuda.ss2d_scan
+import qmir_ao.backend.cuda.ss2d_scan_q  # noqa: F401

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.integers import code_range, codes, fills, grid, same_bytes, seeds, with_threads
-from support.tolerances import scan_q_roundings
+from support.integers import code_range, codes, fills, same_bytes, seeds, with_threads
+from support.scans_q import SEQUENCES, Size, float64_recurrence, operands
+from support.tolerances import SCAN_TABLE, scan_q_roundings
 
 import qmir_ao.backend.cpu.selective_scan_q  # noqa: F401  (registers the kernel)
 from qmir_ao.ops.selective_scan_q import (
@@ -16,44 +17,10 @@ from qmir_ao.ops.selective_scan_q import (
     selective_scan_q_ref,
 )
 
-# batch, groups, channels per group, states, steps
-Size = tuple[int, int, int, int, int]
 sizes = st.tuples(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.integers(1, 9), st.integers(1, 24)
 )
 widths = st.sampled_from([2, 4, 8])
-
-NAMED: dict[str, Size] = {
-    "one-step": (1, 1, 1, 1, 1),
-    "seven-steps": (2, 4, 18, 10, 7),
-    "light": (1, 4, 72, 10, 64),
-    "classic": (1, 4, 45, 16, 33),
-    "one-state": (2, 2, 17, 1, 40),
-    "three-states": (1, 1, 16, 3, 16),
-    "twenty-three-states": (1, 1, 5, 23, 17),
-    "sixty-four-states": (1, 2, 17, 64, 19),
-    "seventy-states": (1, 1, 3, 70, 9),
-}
-
-
-def operands(
-    seed: int, size: Size, bits: int, per_sample: bool = True, softplus: bool = True
-) -> ScanArgs:
-    batch, groups, channels, states, steps = size
-    rng = np.random.default_rng(seed)
-    count = batch if per_sample else 1
-    sequence, projection = (batch, groups * channels, steps), (batch, groups, states, steps)
-    drawn = []
-    for shape in (sequence, sequence, projection, projection):
-        step, shift = grid(rng, count)
-        drawn.append((torch.from_numpy(codes(rng, shape, bits, "random")), step * 0.5, shift))
-    (u, delta, B, C) = drawn
-    A = -torch.from_numpy(rng.uniform(0.05, 4.0, (groups * channels, states)).astype(np.float32))
-    D, bias = (
-        torch.from_numpy(rng.normal(size=groups * channels).astype(np.float32)) for _ in range(2)
-    )
-    optional = (D, bias) if seed % 4 else (None, None)
-    return ScanArgs(*u, *delta, A, *B, *C, *optional, softplus, *code_range(bits))
 
 
 def dyadic(rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -114,7 +81,7 @@ def test_kernel_gives_the_bytes_of_the_reference(
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("size", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("size", SEQUENCES.values(), ids=SEQUENCES)
 def test_named_sizes_give_the_bytes_of_the_reference(size: Size, bits: int) -> None:
     args = operands(3, size, bits)
     result = torch.ops.qmir.selective_scan_q(*args)
@@ -125,37 +92,6 @@ def test_named_sizes_give_the_bytes_of_the_reference(size: Size, bits: int) -> N
 def test_four_thousand_steps_give_the_bytes_of_the_reference() -> None:
     args = operands(5, (1, 1, 17, 10, 4096), 4)
     assert same_bytes(torch.ops.qmir.selective_scan_q(*args), selective_scan_q_ref(*args))
-
-
-def float64_recurrence(args: ScanArgs) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """The scan in float64, the same over absolute values, and the largest exponent and offset."""
-
-    def value(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        q = getattr(args, name).double()
-        per_sample = (-1, *[1] * (q.dim() - 1))
-        step, shift = (
-            getattr(args, f"{name}_{part}").double().reshape(per_sample)
-            for part in ("step", "shift")
-        )
-        return step * q - shift, (step * q).abs() + shift.abs()
-
-    (u, u_abs), (z, z_abs), (B, B_abs), (C, C_abs) = map(value, ("u", "delta", "B", "C"))
-    bias = 0.0 if args.delta_bias is None else args.delta_bias.double().reshape(-1, 1)
-    offset = float((z_abs + abs(bias)).max())
-    delta = torch.nn.functional.softplus(z + bias)
-    repeat = u.shape[1] // B.shape[1]
-    B, B_abs, C, C_abs = (x.repeat_interleave(repeat, 1) for x in (B, B_abs, C, C_abs))
-    A, D = args.A.double(), 0.0 if args.D is None else args.D.double().reshape(-1, 1)
-    h = torch.zeros(*u.shape[:2], A.shape[1], dtype=torch.float64)
-    h_abs, y, y_abs = h.clone(), torch.empty(u.shape).double(), torch.empty(u.shape).double()
-    for t in range(u.shape[2]):
-        decay = torch.exp(delta[..., t, None] * A)
-        h = decay * h + (delta[..., t] * u[..., t])[..., None] * B[..., t]
-        h_abs = decay * h_abs + (delta[..., t] * u_abs[..., t])[..., None] * B_abs[..., t]
-        y[..., t] = (C[..., t] * h).sum(-1)
-        y_abs[..., t] = (C_abs[..., t] * h_abs).sum(-1)
-    exponent = float(delta.max() * A.abs().max())
-    return y + D * u, y_abs + abs(D) * u_abs, exponent, offset
 
 
 @settings(max_examples=60)
@@ -176,9 +112,9 @@ def test_the_table_holds_delta_and_decays() -> None:
         -1, 1, 1
     )
     delta = torch.nn.functional.softplus(z + args.delta_bias.reshape(-1, 1))
-    torch.testing.assert_close(table[..., 0], delta, rtol=4 * 2.0**-23, atol=0.0)
+    torch.testing.assert_close(table[..., 0], delta, rtol=SCAN_TABLE, atol=0.0)
     decays = torch.exp(table[..., :1] * args.A.reshape(1, 5, 1, 6))
-    torch.testing.assert_close(table[..., 1:7], decays, rtol=4 * 2.0**-23, atol=0.0)
+    torch.testing.assert_close(table[..., 1:7], decays, rtol=SCAN_TABLE, atol=0.0)
 
 
 def test_softplus_is_the_identity_above_its_threshold() -> None:

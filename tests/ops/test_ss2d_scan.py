@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from support.image_scans import OPTIONAL, Size, cases, operands, with_gradient
 from support.integers import same_bytes, with_threads
 from support.scans import (
     NAMES,
@@ -15,7 +16,6 @@ from support.scans import (
     in_float64,
     put_back,
     walks,
-    without_softplus,
 )
 from torch import Tensor
 
@@ -30,9 +30,6 @@ from qmir_ao.ops.ss2d_scan import (
     ss2d_scan_ref,
 )
 
-Size = tuple[int, int, int, int, int]
-
-# batch, channels, states, height, width
 SIZES: dict[str, Size] = {
     "one-pixel": (1, 1, 1, 1, 1),
     "one-row": (2, 3, 4, 1, 40),
@@ -43,37 +40,7 @@ SIZES: dict[str, Size] = {
     "odd": (3, 5, 3, 7, 4),
     "twenty-states": (2, 5, 20, 5, 19),
 }
-OPTIONAL = {"both": (True, True), "no-D": (False, True), "no-bias": (True, False)}
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-
-
-def operands(size: Size, has_D: bool = True, has_bias: bool = True, seed: int = 0) -> Operands:
-    batch, channels, states, *sides = size
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=gen)
-
-    return [
-        normal(batch, channels, *sides),
-        normal(batch, 4 * channels, *sides) * 0.5,
-        -torch.exp(normal(4 * channels, states) * 0.5),
-        normal(batch, 4, states, *sides),
-        normal(batch, 4, states, *sides),
-        normal(4 * channels) if has_D else None,
-        normal(4 * channels) - 2.0 if has_bias else None,
-    ]
-
-
-def cases(size: Size, optional: tuple[bool, bool], softplus: bool = True) -> list[tuple[Any, ...]]:
-    # As many draws as give 64 rows: the reference may hit a few elements by luck.
-    count = max(4, -(-64 // (4 * size[0] * size[1])))
-    drawn = [operands(size, *optional, seed=seed) for seed in range(count)]
-    return [(*(x if softplus else without_softplus(x)), softplus) for x in drawn]
-
-
-def with_gradient(drawn: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    return [(torch.randn_like(case[0]), *case) for case in drawn]
 
 
 def walked(scan: Any, tensors: Operands, softplus: bool) -> list[Tensor]:

@@ -1,86 +1,29 @@
 """qmir::ss2d_scan_q: the bytes of four plain integer scans, each along its walk over the image."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.integers import code_range, codes, grid, same_bytes, seeds, with_threads
-from support.scans import follow, put_back, walks
+from support.integers import same_bytes, seeds, with_threads
+from support.scans_q import IMAGES, ImageSize, image_operands, walked
 from torch import Tensor
 
 import qmir_ao.backend.cpu.ss2d_scan_q  # noqa: F401  (registers the kernel)
-from qmir_ao.backend.cpu.selective_scan_q import MAX_STATES
-from qmir_ao.ops.selective_scan_q import ScanArgs, selective_scan_q_ref
+from qmir_ao.ops.selective_scan_q import ScanArgs
 from qmir_ao.ops.ss2d_scan_q import ss2d_scan_q, ss2d_scan_q_ref
 
-# batch, channels, states, height, width
-Size = tuple[int, int, int, int, int]
 sizes = st.tuples(
     st.integers(1, 2), st.integers(1, 20), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)
 )
 widths = st.sampled_from([2, 4, 8])
 
-NAMED: dict[str, Size] = {
-    "one-pixel": (1, 1, 1, 1, 1),
-    "one-row": (2, 3, 4, 1, 40),
-    "one-column": (1, 17, 3, 37, 1),
-    "square": (1, 16, 8, 16, 16),
-    "light": (1, 18, 10, 17, 33),
-    "classic": (1, 33, 16, 9, 20),
-    "twenty-three-states": (1, 5, 23, 5, 7),
-    "seventy-states": (1, 2, MAX_STATES + 6, 3, 4),
-}
-
-
-def operands(seed: int, size: Size, bits: int, per_sample: bool = True) -> ScanArgs:
-    batch, channels, states, *sides = size
-    rng = np.random.default_rng(seed)
-    count = batch if per_sample else 1
-    shapes = (
-        (batch, channels, *sides),
-        (batch, 4 * channels, *sides),
-        (batch, 4, states, *sides),
-        (batch, 4, states, *sides),
-    )
-    drawn = []
-    for shape in shapes:
-        step, shift = grid(rng, count)
-        drawn.append((torch.from_numpy(codes(rng, shape, bits, "random")), step * 0.5, shift))
-    (u, delta, B, C) = drawn
-    A = -torch.from_numpy(rng.uniform(0.05, 4.0, (4 * channels, states)).astype(np.float32))
-    D, bias = (torch.from_numpy(rng.normal(size=4 * channels).astype(np.float32)) for _ in range(2))
-    optional = (D, bias) if seed % 4 else (None, None)
-    return ScanArgs(*u, *delta, A, *B, *C, *optional, True, *code_range(bits))
-
-
-def walked(args: ScanArgs) -> Tensor:
-    """Four plain reference scans along their walks, added in the stated order."""
-    channels, height, width = args.u.shape[1:]
-    images = []
-    for k, walk in enumerate(walks(height, width)):
-        own = slice(k * channels, (k + 1) * channels)
-        y = selective_scan_q_ref(
-            *args._replace(
-                u=follow(args.u, walk),
-                delta=follow(args.delta[:, own], walk),
-                A=args.A[own],
-                B=follow(args.B[:, k : k + 1], walk),
-                C=follow(args.C[:, k : k + 1], walk),
-                D=None if args.D is None else args.D[own],
-                delta_bias=None if args.delta_bias is None else args.delta_bias[own],
-            )
-        )
-        images.append(put_back(y, walk, height, width))
-    return (images[0] + images[2]) + (images[1] + images[3])
-
 
 @settings(max_examples=150)
 @given(seeds, sizes, widths, st.booleans())
 def test_kernel_and_reference_give_the_bytes_of_the_four_walks(
-    seed: int, size: Size, bits: int, per_sample: bool
+    seed: int, size: ImageSize, bits: int, per_sample: bool
 ) -> None:
-    args = operands(seed, size, bits, per_sample)
+    args = image_operands(seed, size, bits, per_sample)
     want = walked(args)
     assert same_bytes(torch.ops.qmir.ss2d_scan_q(*args), want)
     assert same_bytes(ss2d_scan_q_ref(*args), want)
@@ -88,16 +31,16 @@ def test_kernel_and_reference_give_the_bytes_of_the_four_walks(
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("size", NAMED.values(), ids=NAMED)
-def test_named_sizes_give_the_bytes_of_the_four_walks(size: Size, bits: int) -> None:
-    args = operands(3, size, bits)
+@pytest.mark.parametrize("size", IMAGES.values(), ids=IMAGES)
+def test_named_sizes_give_the_bytes_of_the_four_walks(size: ImageSize, bits: int) -> None:
+    args = image_operands(3, size, bits)
     result = torch.ops.qmir.ss2d_scan_q(*args)
     assert torch.isfinite(result).all()
     assert same_bytes(result, walked(args))
 
 
 def test_threads_and_batch_mates_do_not_matter() -> None:
-    args = operands(5, (3, 18, 10, 9, 12), 4)
+    args = image_operands(5, (3, 18, 10, 9, 12), 4)
     single = with_threads(1, lambda: torch.ops.qmir.ss2d_scan_q(*args))
     for count in (2, 3):
         assert same_bytes(with_threads(count, lambda: torch.ops.qmir.ss2d_scan_q(*args)), single)
@@ -108,7 +51,7 @@ def test_threads_and_batch_mates_do_not_matter() -> None:
 
 
 def test_unsigned_codes_and_strided_input() -> None:
-    args = operands(7, (2, 5, 4, 6, 7), 8)
+    args = image_operands(7, (2, 5, 4, 6, 7), 8)
     raised = {name: (getattr(args, name).int() + 128).to(torch.uint8) for name in ("delta", "u")}
     unsigned = args._replace(**raised, delta_quant_min=0, delta_quant_max=255)
     assert same_bytes(torch.ops.qmir.ss2d_scan_q(*unsigned), walked(unsigned))
@@ -120,12 +63,12 @@ def test_unsigned_codes_and_strided_input() -> None:
 
 @pytest.mark.parametrize("sides", [(0, 3), (3, 0)])
 def test_empty_image(sides: tuple[int, int]) -> None:
-    args = operands(3, (2, 4, 3, *sides), 4)
+    args = image_operands(3, (2, 4, 3, *sides), 4)
     assert torch.ops.qmir.ss2d_scan_q(*args).shape == (2, 4, *sides)
 
 
 def test_wrapper_passes_everything_on() -> None:
-    args = operands(3, (2, 4, 3, 5, 6), 4)
+    args = image_operands(3, (2, 4, 3, 5, 6), 4)
     result = ss2d_scan_q(
         args[:3], args[3:6], args.A, args[7:10], args[10:13], args.D, args.delta_bias,
         delta_quant_min=-8, delta_quant_max=7,
@@ -148,6 +91,6 @@ def test_wrapper_passes_everything_on() -> None:
     ],
 )
 def test_bad_operands_are_named(change: dict[str, Tensor], message: str) -> None:
-    args = operands(3, (2, 4, 3, 5, 6), 4)._replace(**change)
+    args = image_operands(3, (2, 4, 3, 5, 6), 4)._replace(**change)
     with pytest.raises(RuntimeError, match=f"qmir::ss2d_scan_q: .*{message}"):
         torch.ops.qmir.ss2d_scan_q(*args)

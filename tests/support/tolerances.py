@@ -91,9 +91,33 @@ def scan_q_roundings(steps: int, states: int, exponent: float, offset: float) ->
     exp(delta*A): its exponent is off by exponent * (3 * offset + 5), exp itself by 2, multiply and
     add by 2. Outside the recurrence: u, B and C (2 each), delta once more, x, x*B, C*h (1 each),
     the sum over states, and D*u.
+
+    Kernels that cut the sequence into chunks multiply a state that crosses a chunk by one decay,
+    exp of A times the chunk's sum of delta. The sum is rounded once, which its exponent (at most
+    `exponent` a step) pays in place of the products' roundings, exp is off once instead of at each
+    step, and the carry rounds twice where the steps did twice each. The add of a chunk's own end
+    takes the place of that of its first step, whose state was zero. So the bound holds for them.
     """
     per_step = exponent * (3.0 * offset + 5.0) + 4.0
     return steps * per_step + states + 3.0 * offset + 16.0
+
+
+def scan_q_computed_roundings(steps: int, states: int, exponent: float, offset: float) -> float:
+    """The same where decays are not in a table but computed, 2^(delta * fl(A * log2 e)).
+
+    The rate is rounded once more than A: one more on the exponent, which exp turns into `exponent`
+    relatively. The GPU's 2^x is off by 2^-22 at most (PTX manual, ex2.approx.ftz), 4 instead of 2.
+    """
+    return scan_q_roundings(steps, states, exponent, offset) + steps * (exponent + 2.0)
+
+
+# The sum of four directions' images, (a + b) + (c + d), rounds each of them twice.
+DIRECTION_SUM_ROUNDINGS = 2.0
+
+# Two tables of a scan, from equal operands: z = step*code - shift + bias is the same in both, exp
+# and log1p are off by a unit in the last place (2u, u = 2^-24) each in both, and log1p passes a
+# relative error on at most once. 2 * (2u + 2u); decays from one delta are closer.
+SCAN_TABLE = 8 * 2.0**-24
 
 
 def operator_roundings(taps: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracles, tolerances
+from support import oracles, scans_q, tolerances
 from support.cases import (
     DLS_FLAGS,
     DLS_RANGES,
@@ -26,7 +26,10 @@ from support.cases import (
     scan_operands,
 )
 from support.gpu import missing, moved, needs_gpu
+from support.image_scans import OPTIONAL, with_gradient
+from support.image_scans import cases as image_cases
 from support.scans import NAMES, assert_as_accurate
+from support.scans_q import IMAGES, SEQUENCES
 from torch import Tensor
 
 import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
@@ -35,6 +38,7 @@ from qmir_ao.errors import DeviceError
 from qmir_ao.ops.dls_fake_quant import dls_fake_quant_backward_ref, dls_fake_quant_ref
 from qmir_ao.ops.rfa_fake_quant import rfa_fake_quant_backward_ref, rfa_fake_quant_ref
 from qmir_ao.ops.selective_scan import selective_scan_backward_ref, selective_scan_ref
+from qmir_ao.ops.ss2d_scan import ss2d_scan_backward_ref, ss2d_scan_ref
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 QMIR = torch.ops.qmir
@@ -102,6 +106,41 @@ def test_selective_scan(size: Any, optional: Any) -> None:
     drawn = [(torch.randn_like(case[0]), *case) for case in drawn]
     backward = on_gpu(QMIR.selective_scan_backward)
     assert_as_accurate(backward, selective_scan_backward_ref, drawn, NAMES)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("size", [*SEQUENCES.values(), (1, 4, 72, 10, 5000)], ids=str)
+def test_selective_scan_q(size: Any, bits: int) -> None:
+    args = scans_q.operands(5, size, bits)
+    exact, allowed = scans_q.scan_bound(args, computed=True)
+    assert ((on_gpu(QMIR.selective_scan_q)(*args) - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("size", [*IMAGES.values(), (2, 72, 10, 37, 70)], ids=str)
+def test_ss2d_scan_q(size: Any, bits: int) -> None:
+    args = scans_q.image_operands(5, size, bits)
+    exact, allowed = scans_q.image_bound(args, computed=True)
+    assert ((on_gpu(QMIR.ss2d_scan_q)(*args) - exact).abs() <= allowed).all()
+
+
+def test_codes_out_of_range_are_reported_by_the_next_call() -> None:
+    args = scans_q.operands(1, (1, 1, 4, 3, 40), 4)
+    args.delta[0, 3, 20] = 100
+    there = moved(tuple(args), "cuda")
+    bad = QMIR.selective_scan_q(*there).isnan()  # waits for the result
+    assert bad[0, 3, 20:].all() and int(bad.sum()) == 20
+    with pytest.raises(RuntimeError, match=r"delta holds codes outside .* in an earlier call"):
+        QMIR.selective_scan_q(*there)
+
+
+@pytest.mark.parametrize("optional", OPTIONAL.values(), ids=OPTIONAL)
+@pytest.mark.parametrize("size", [(2, 18, 10, 17, 33), (1, 33, 16, 40, 37), (1, 5, 20, 9, 50)])
+def test_ss2d_scan(size: Any, optional: Any) -> None:
+    drawn = image_cases(size, optional)
+    assert_as_accurate(on_gpu(QMIR.ss2d_scan), ss2d_scan_ref, drawn, ("y",))
+    backward = on_gpu(QMIR.ss2d_scan_backward)
+    assert_as_accurate(backward, ss2d_scan_backward_ref, with_gradient(drawn), NAMES)
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))

@@ -1,0 +1,30 @@
+// Selective scan of quantized operands over sequences: table, end state of each chunk, states
+// carried from chunk to chunk, outputs of each chunk. See scan_q_chunks.cuh. Compiled for
+// QMIR_STATES states, QMIR_TABLE 1 where the decays are a table, QMIR_WARPS warps.
+#include "scan_q_chunks.cuh"
+
+constexpr bool kImage = false;
+constexpr int kStates = QMIR_STATES;
+constexpr bool kTable = QMIR_TABLE != 0;
+constexpr int kWarps = QMIR_WARPS;
+
+extern "C" __global__ void __launch_bounds__(256)
+    qmir_selective_scan_q_table(QMIR_SCAN_TABLE_PARAMETERS) {
+  qmir::make_scan_table<kStates, kTable>(step, shift, a, bias, groups, per_group, table_groups,
+                                         (int)code_min, (int)code_count, softplus != 0, table);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 ? 2 : 1)
+    qmir_selective_scan_q_local(QMIR_SCAN_Q_PARAMETERS) {
+  qmir::scan_q_chunks<kImage, kStates, kTable, false, kWarps>(QMIR_SCAN_Q, a);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    qmir_selective_scan_q_carry(const float* decay, float* end, QMIR_SCAN_SIZES) {
+  qmir::carry_scan<kImage, false>(QMIR_SCAN_SIZE, kStates, decay, end);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 ? 2 : 1)
+    qmir_selective_scan_q_apply(QMIR_SCAN_Q_PARAMETERS) {
+  qmir::scan_q_chunks<kImage, kStates, kTable, true, kWarps>(QMIR_SCAN_Q, a);
+}
