@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_unflatten
 from qmir_ao.backend.report import LoweringReport
 from qmir_ao.capture.inputs import check_input
 from qmir_ao.capture.size_rules import check_sizes, names_dimension
-from qmir_ao.errors import NonFiniteError
+from qmir_ao.errors import DeviceError, NonFiniteError
 from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.record import PassRecord
 from qmir_ao.quant.constants import attribute
@@ -24,7 +24,7 @@ class LoweredModule(nn.Module):
     Attributes:
         graph_module: the graph of integer and remaining float operators.
         report: what became of each operator.
-        target: "cpu".
+        target: "cpu" or "cuda".
         passes: records of the passes that made the graph, for `qmir_ao.explain`.
     """
 
@@ -50,13 +50,26 @@ class LoweredModule(nn.Module):
         torch's float convolutions choose another algorithm, with other rounding, for another batch
         size; image by image, a result never depends on its batch mates. A network that mixes the
         images of a batch runs on the whole of it.
+
+        Raises:
+            DeviceError: an input on another device than the weights.
         """
+        self._check_device(args)
         with torch.no_grad():
             x = args[0] if len(args) == 1 else None
             images = isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
             if not images or len(x) < 2 or not self._samples_apart(x):
                 return self.graph_module(*args)
             return torch.cat([self._alone(x, i) for i in range(x.shape[0])])
+
+    def _check_device(self, args: Sequence[Any]) -> None:
+        here = next((b.device for b in self.graph_module.buffers()), None)
+        for position, x in enumerate(args):
+            if isinstance(x, Tensor) and here is not None and x.device != here:
+                raise DeviceError(
+                    f"input {position} is on {x.device}, the model (target={self.target!r}) on "
+                    f"{here}; call it with x.to({str(here)!r})"
+                )
 
     def _samples_apart(self, x: Tensor) -> bool:
         """Whether a result depends on its own image alone; tried out on the first batch."""
@@ -106,6 +119,16 @@ def may_keep_samples_apart(graph_module: GraphModule) -> bool:
 
 def _children(spec: Any) -> list[Any]:
     return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
+def move(graph_module: GraphModule, device: torch.device) -> GraphModule:
+    """Put a graph's tensors on a device, in place, and let it make new ones there."""
+    for node in graph_module.graph.nodes:
+        node.args, node.kwargs = torch.fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: device if isinstance(a, torch.device) else a
+        )
+    graph_module.recompile()
+    return graph_module.to(device)
 
 
 def plain_signature(graph: Graph) -> None:

@@ -1,26 +1,75 @@
-"""Targets by name, and the lowering that each of them does."""
+"""Targets by name: the passes that lower to each of them, and the device that it runs on."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch.fx import GraphModule
 
-from qmir_ao.backend.lowered import LoweredModule, only_referenced, plain_signature
+from qmir_ao.backend.lowered import LoweredModule, move, only_referenced, plain_signature
 from qmir_ao.backend.report import make_report
 from qmir_ao.errors import ConfigError, UnsupportedGraph
-from qmir_ao.passes.base import remove_unread
-from qmir_ao.passes.pipeline import CPU, check_order, run_passes
+from qmir_ao.passes.base import Pass, remove_unread
+from qmir_ao.passes.pipeline import CPU, CUDA, check_order, run_passes
 from qmir_ao.passes.record import RECORDS
 
 
-def lower_cpu(prepared: GraphModule) -> LoweredModule:
-    """Lower a prepared graph to the integer operators of the CPU; `prepared` stays as it was."""
+def _host() -> torch.device:
+    return torch.device("cpu")
+
+
+def _gpu() -> torch.device:
+    from qmir_ao.backend.cuda.device import ready_device
+
+    return ready_device()
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a name like "cpu" stands for.
+
+    Attributes:
+        name: as users give it.
+        passes: the list that lowers to it.
+        device: finds the device, and raises `DeviceError` where it cannot run the kernels.
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+    device: Callable[[], torch.device]
+
+
+TARGETS = {t.name: t for t in (Target("cpu", CPU, _host), Target("cuda", CUDA, _gpu))}
+
+
+def get_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        ConfigError: unknown target, with the known ones.
+    """
+    if name not in TARGETS:
+        raise ConfigError(
+            f"target={name!r} is not available; this release lowers to: {', '.join(TARGETS)}"
+        )
+    return TARGETS[name]
+
+
+def lower_graph(prepared: GraphModule, target: Target) -> LoweredModule:
+    """Lower a copy of a prepared graph on the CPU, whatever device it runs on later.
+
+    Weights are folded there once, so that every target gets the same bytes.
+
+    Raises:
+        UnsupportedGraph: nothing in the graph runs on integer codes.
+    """
     import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
 
-    graph_module = copy.deepcopy(prepared)
+    graph_module = move(copy.deepcopy(prepared), _host())
     graph_module.eval()
-    check_order(CPU)
-    records = [*prepared.meta.get(RECORDS, ()), *run_passes(graph_module, CPU)]
+    check_order(target.passes)
+    records = [*prepared.meta.get(RECORDS, ()), *run_passes(graph_module, target.passes)]
     remove_unread(graph_module)
     plain_signature(graph_module.graph)
     lowered = only_referenced(graph_module)
@@ -31,20 +80,19 @@ def lower_cpu(prepared: GraphModule) -> LoweredModule:
             f"left in float: {[r.name for r in report.left_in_float][:5]}. "
             "Pass a model from qmir_ao.prepare_qat"
         )
-    return LoweredModule(lowered, report, "cpu", records)
+    return LoweredModule(lowered, report, target.name, records)
 
 
-TARGETS: dict[str, Callable[[GraphModule], LoweredModule]] = {"cpu": lower_cpu}
-
-
-def get_target(name: str) -> Callable[[GraphModule], LoweredModule]:
-    """The lowering function of a target.
+def lower(prepared: GraphModule, name: str) -> LoweredModule:
+    """Lower a prepared graph to a target; `prepared` stays as it was.
 
     Raises:
-        ConfigError: unknown target, with the known ones.
+        ConfigError: unknown target.
+        DeviceError: the target's device cannot run its kernels; found out before the work.
+        UnsupportedGraph: nothing in the graph runs on integer codes.
     """
-    if name not in TARGETS:
-        raise ConfigError(
-            f"target={name!r} is not available; this release lowers to: {', '.join(TARGETS)}"
-        )
-    return TARGETS[name]
+    target = get_target(name)
+    device = target.device()
+    lowered = lower_graph(prepared, target)
+    move(lowered.graph_module, device)
+    return lowered

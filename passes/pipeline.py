@@ -56,6 +56,21 @@ CPU: tuple[Pass, ...] = (
     DedupeConstants(),
 )
 
+CUDA: tuple[Pass, ...] = (
+    *NORMALIZE,
+    ConvertQuantizers(),
+    FoldConstants(),
+    FoldWeights(),
+    LowerLinear(),
+    LowerConv(),
+    LowerScan(),
+    DropIdentity(),
+    # No fusions of quantizers here: qmir::chain_quantize has no CUDA kernel, its parts have.
+    ShareQuantize(),
+    LayOutOnce(),
+    DedupeConstants(),
+)
+
 # What torch.compile hands over: modules are traced through already, parameters are inputs.
 COMPILE: tuple[Pass, ...] = (
     NormalizeOperators(),

@@ -154,16 +154,17 @@ def convert_and_lower(
 
     Args:
         prepared: from `prepare_qat`; left as it was, so one model lowers to several targets.
-        target: "cpu".
-        path: where a file target writes; the CPU target writes none (use `save`).
+        target: "cpu", or "cuda" for the current NVIDIA GPU.
+        path: where a file target writes; "cpu" and "cuda" write none (use `save`).
 
     Raises:
         ConfigError: unknown target, or a path for a target that writes no file.
+        DeviceError: target "cuda" without a GPU, its driver or CuPy.
         UnsupportedGraph: `prepared` is no prepared graph.
     """
-    from qmir_ao.backend.registry import get_target
+    from qmir_ao.backend.registry import get_target, lower
 
-    lower = get_target(target)
+    get_target(target)
     if path is not None:
         raise ConfigError(
             f"target={target!r} writes no file, got path={os.fspath(path)!r}; "
@@ -174,7 +175,7 @@ def convert_and_lower(
             f"convert_and_lower needs the graph that prepare_qat returns, got "
             f"{type(prepared).__name__}"
         )
-    return lower(prepared)
+    return lower(prepared, target)
 
 
 @overload
@@ -359,12 +360,19 @@ def save(lowered: "LoweredModule", path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], target: str = "cpu") -> "LoweredModule":
     """Read a folder written by `save`; every tensor is checked against its sha256.
 
+    A model that was lowered for one target runs on the others as well. On a GPU, the operators that
+    only the CPU's passes make (`qmir::chain_quantize`) run as plain torch: lower for "cuda" instead.
+
     Raises:
         CheckpointError: missing, damaged or tampered files, or an operator that is not allowed.
         ConfigError: unknown target.
+        DeviceError: target "cuda" without a GPU, its driver or CuPy.
     """
     from qmir_ao.backend.artifact import load_lowered
+    from qmir_ao.backend.lowered import move
     from qmir_ao.backend.registry import get_target
 
-    get_target(target)
-    return load_lowered(Path(path), target)
+    device = get_target(target).device()
+    loaded = load_lowered(Path(path), target)
+    move(loaded.graph_module, device)
+    return loaded

@@ -14,13 +14,8 @@ from torch import Tensor
 from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, check_device, dense
 from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared
 from qmir_ao.errors import DeviceError
-from qmir_ao.ops.conv2d import (
-    Geometry,
-    check_conv2d,
-    check_conv2d_acc,
-    conv2d_acc_ref,
-    conv2d_ref,
-)
+from qmir_ao.ops._convolution import Geometry, check_convolution
+from qmir_ao.ops.conv2d import check_conv2d, conv2d_acc_ref, conv2d_ref
 
 TILE = 64
 STEP = 64
@@ -228,7 +223,7 @@ def launch_conv2d_acc(
 ) -> Tensor:
     """Start the kernels of `qmir::conv2d_acc`; arguments and result are those of the operator."""
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d_acc("conv2d_acc", x, weight, geometry)
+    out = check_convolution("conv2d_acc", x, weight, geometry)
     device = check_device("conv2d_acc", x, weight)
     y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.int32, device=device)
     if y.numel():

@@ -97,6 +97,16 @@ def choose_architecture(capability: tuple[int, int], supported: Sequence[int]) -
     return f"compute_{max(older)}"
 
 
+def require_kernels(device: torch.device) -> None:
+    """Refuse a device that no kernel can be compiled for, or the lack of what compiles them.
+
+    Raises:
+        DeviceError: no CuPy with NVRTC, or an architecture that is too old.
+    """
+    _, nvrtc = _cupy()
+    choose_architecture(torch.cuda.get_device_capability(device), nvrtc.getSupportedArchs())
+
+
 def _compile(nvrtc: Any, text: str, name: str, flags: Sequence[str], binary: bool) -> bytes:
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
