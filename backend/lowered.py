@@ -57,8 +57,9 @@ class LoweredModule(nn.Module):
         self._check_device(args)
         with torch.no_grad():
             x = args[0] if len(args) == 1 else None
-            images = isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
-            if not images or len(x) < 2 or not self._samples_apart(x):
+            if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+                return self.graph_module(*args)
+            if len(x) < 2 or not self._samples_apart(x):
                 return self.graph_module(*args)
             return torch.cat([self._alone(x, i) for i in range(x.shape[0])])
 

@@ -8,7 +8,7 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from qmir_ao.quant.prepare import is_fake_quantize
 
 
-class _Inside(Tracer):  # type: ignore[misc]
+class _Inside(Tracer):
     """Traces through every module but fake-quantizers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

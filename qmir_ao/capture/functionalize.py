@@ -109,7 +109,7 @@ def _inplace_argument(node: Node) -> int | str | None:
     if getattr(F, getattr(node.target, "__name__", ""), None) is not node.target:
         return None
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = list(inspect.signature(node.target).parameters)
     except (TypeError, ValueError):
         return None
     at = names.index("inplace") if "inplace" in names else len(node.args)
@@ -228,10 +228,13 @@ def _updated(
                 source: Any = step.args[0]
                 if _name(step) in _EITHER:
                     raise _refuse(node, f"{step.name} may share its memory, or not")
-                values[step] = graph_module.graph.node_copy(
-                    step, lambda n, source=source: values[source] if n is source else n
-                )
+                moved = {source: values[source]}
+                values[step] = graph_module.graph.node_copy(step, _with(moved))
         yield alias, values[alias]
+
+
+def _with(moved: dict[Node, Node]) -> Callable[[Node], Node]:
+    return lambda node: moved.get(node, node)
 
 
 def _name(node: Node) -> str:

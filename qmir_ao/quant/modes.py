@@ -37,7 +37,8 @@ class _NamingCall(_WrappedCall):
         try:
             if self.cls_call is not None:
                 return self.cls_call(obj, *args, **kwargs)
-            return super(self.cls, obj).__call__(*args, **kwargs)
+            cls: Any = self.cls
+            return super(cls, obj).__call__(*args, **kwargs)
         except RuntimeError as error:
             node = _culprit(obj, error) if str(error).startswith("qmir::") else None
             if node is None:

@@ -1,5 +1,9 @@
 """Insert trainable DLS and RFA fake-quantizers, through PT2E or through FX."""
 
+import qmir_ao.quant._bases  # noqa: F401  (first, it imports torchao without its noise)
+
+# isort: split
+
 import contextlib
 import warnings
 from collections.abc import Iterator

@@ -1,5 +1,9 @@
 """The torchao PT2E quantizer: annotates an exported graph with DLS and RFA."""
 
+import qmir_ao.quant._bases  # noqa: F401  (first, it imports torchao without its noise)
+
+# isort: split
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -108,6 +108,6 @@ def test_a_network_with_two_views(capture: str, trained: bool) -> None:
         with torch.no_grad():
             prepared(x)
     lowered = qmir_ao.convert_and_lower(prepared.eval())
-    assert calls(lowered.graph_module, "dls_quantize") == (2 if trained else 1)
+    assert calls(lowered.graph_module, "chain_quantize") == (2 if trained else 1)
     assert sum(r.kind == "linear" for r in lowered.report.operators) == 2
     check_operators(prepared, lowered, torch.randn(2, 6, 4))

@@ -17,7 +17,7 @@ class Framed(nn.Module):
         self.last = nn.Conv2d(CHANNELS, 3, 3, padding=1)
 
     def body(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.body(self.first(x)))
