@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 import qmir_ao
+from qmir_ao.backend.explanation import decode_records, encode_records
 from qmir_ao.backend.graph_format import decode_graph, encode_graph, tensor_names
 from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.backend.report import make_report
@@ -90,6 +91,7 @@ def save_lowered(lowered: LoweredModule, path: Path) -> None:
         "target": lowered.target,
         "tensors": [tensor_digest(t) for t in tensors.values()],
         "graph_sha256": _graph_digest(graph, tensors),
+        "passes": encode_records(lowered.passes),
         "graph": graph,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,13 +140,15 @@ def load_lowered(path: Path, target: str) -> LoweredModule:
         graph = decode_graph(manifest["graph"], sorted(tensors))
         graph_module = GraphModule(dict(tensors), graph)
         report = make_report(graph_module)
+        # Models that earlier releases saved have no record.
+        records = decode_records(manifest.get("passes", []))
     except TargetNameError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error} is not allowed in a model") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST}: the graph is damaged ({type(error).__name__}: {error})"
         ) from error
-    return LoweredModule(graph_module, report, target)
+    return LoweredModule(graph_module, report, target, records)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

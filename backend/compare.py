@@ -15,6 +15,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.backend.report import KINDS
 from qmir_ao.errors import UnsupportedGraph
+from qmir_ao.ops.chain_quantize import ChainArgs
+from qmir_ao.passes.chain import find_chain
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.pipeline import NORMALIZE, run_passes
 from qmir_ao.quant.constants import attribute
@@ -27,12 +29,18 @@ _BEFORE_QUANTIZE = (
     aten.add.Tensor,
     aten.mul.Tensor,
     aten.flatten.using_ints,
+    aten.contiguous.default,
+    aten.unsqueeze.default,
 )
-"""What a quantizer may do to its input in float before it makes codes."""
+"""What may be done to a quantizer's input in float before it makes codes."""
 
 
 BOUNDARY_STEPS = 1e-5
 """How close to a rounding boundary, in steps, a code may flip between the two forms."""
+
+
+def _is_constant(argument: Any) -> bool:
+    return isinstance(argument, Node) and argument.op == "get_attr"
 
 
 def _is_inside(node: Node, name: str) -> bool:
@@ -70,8 +78,13 @@ def compare_operators(
     Returns:
         Records with `name, module, kind`; `codes` (activation codes compared), `code_mismatches`,
         of those `boundary_mismatches` within `BOUNDARY_STEPS` of a rounding boundary; `acc_equal`
-        (None for a scan, whose state is float); `max_error_steps` (largest output difference in
-        units of the accumulator's step); `sqnr_db` against the operator in float; `clip_rate`.
+        (None for a scan, whose state is float); `grid_error` (largest relative difference of a step
+        or shift that float operators fused into a quantizer make); `max_error_steps` (largest
+        output difference in units of the accumulator's step, on the prepared model's own grid and,
+        where a boundary decides, its codes); `max_error_roundings` (the same in units of 2^-24 of
+        the output's own sum of absolute terms, which is what float32 rounds; None for a scan);
+        `largest_state` (what a scan gives of absolute values, in steps of u; None for others);
+        `sqnr_db` against the operator in float; `clip_rate`.
 
     Raises:
         UnsupportedGraph: the two models do not belong together.
@@ -106,6 +119,12 @@ def compare_operators(
     return records
 
 
+def _of_groups(values: Tensor, x: Tensor) -> Tensor:
+    """Steps or shifts of all, of samples or of tokens, in the rank of the tensor; float64."""
+    per_group = values.numel() in (1, x.shape[0])
+    return values.double().reshape((-1, *[1] * (x.dim() - 1)) if per_group else (*x.shape[:-1], 1))
+
+
 class _Operator:
     """One integer operator, its prepared counterpart and the values that one saw."""
 
@@ -121,7 +140,7 @@ class _Operator:
         self.prepared, self.source, self.values = prepared, source, values
         self.kind = KINDS[node.target]
         self.codes = self.mismatches = self.boundary = 0
-        self.clipped = 0.0
+        self.clipped = self.grid_error = 0.0
 
     def record(self) -> dict[str, Any]:
         """All figures of this operator."""
@@ -129,8 +148,10 @@ class _Operator:
         target: Any = self.node.target
         got = target(*operands)
         want = self.values[self.source].reshape(got.shape)
-        error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
+        difference = (got.double() - want.double()).abs()
+        error = difference.max().item() if got.numel() else 0.0
         unit = self._unit(operands)
+        is_scan = self.kind == "selective_scan"
         return {
             "name": self.node.name,
             "module": str(self.node.meta.get("qmir_module", "")),
@@ -138,8 +159,11 @@ class _Operator:
             "codes": self.codes,
             "code_mismatches": self.mismatches,
             "boundary_mismatches": self.boundary,
-            "acc_equal": None if self.kind == "selective_scan" else self._acc_equal(operands),
+            "grid_error": self.grid_error,
+            "acc_equal": None if is_scan else self._acc_equal(operands),
             "max_error_steps": error / unit if unit else 0.0,
+            "max_error_roundings": None if is_scan else self._roundings(operands, difference),
+            "largest_state": self._largest_state() / unit if is_scan and unit else None,
             "sqnr_db": self._sqnr(got),
             "clip_rate": self.clipped / max(self.codes, 1),
         }
@@ -162,6 +186,8 @@ class _Operator:
                 x = value(arguments(node)[0]) if inside else self._seen(quantize)
                 rest = [value(a) if isinstance(a, Node) else a for a in arguments(node)[1:]]
                 result = target(x, *rest)
+            elif node.target is qmir.chain_quantize.default:
+                result = self._chain(node, value)
             elif _is_first(node):
                 rest = [value(a) if isinstance(a, Node) else a for a in arguments(node)[1:]]
                 result = target(self._seen(node), *rest)
@@ -202,9 +228,57 @@ class _Operator:
             if getattr(module, "channel_dim", None) is not None:
                 seen = seen + value(_offset_of(origin))
         codes: Tensor = qmir.dls_quantize(x, step, shift, low, high)
-        per_group = step.numel() in (1, x.shape[0])
-        wide = (-1, *([1] * (x.dim() - 1))) if per_group else (*x.shape[:-1], 1)
-        s, b = (t.double().reshape(wide) for t in (step, shift))
+        return self._count(codes, x, seen, (step, shift), (low, high))
+
+    def _chain(self, node: Node, value: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, step and shift of a fused quantizer whose operands are the prepared ones."""
+        fake = self._fake(node)
+        args = ChainArgs(*(value(a) if _is_constant(a) else a for a in arguments(node)))
+        x, seen = self._seen(node), self.values[fake]
+        if args.offset is not None:
+            offset = args.offset.reshape(-1, *[1] * (-1 - args.dim))
+            x, seen = x + offset, seen + offset
+        rows = x.flatten(0, -2) if args.statistics == "token" else x
+        limits = args.quant_min, args.quant_max
+        settings = (*limits, args.statistics == "tensor", args.cap)
+        grid = qmir.dls_qparams(rows, args.scale_weights, args.shift_weights, *settings)
+        start, gate = self._chain_operands(fake.all_input_nodes[0], args)
+        codes, step, shift = qmir.chain_quantize(*args._replace(x=start, gate=gate))
+        for mine, theirs in zip((step, shift), grid, strict=True):
+            if mine.numel():
+                error = ((mine - theirs).abs() / (grid[0] + theirs.abs())).max()
+                self.grid_error = max(self.grid_error, float(error))
+        return self._count(codes, x, seen, grid, limits), *grid
+
+    def _chain_operands(self, end: Node, args: ChainArgs) -> tuple[Tensor, Tensor | None]:
+        """What the operators before a fake-quantizer that were fused into it had as operands."""
+        wanted = {
+            "permute": True,
+            "gate": args.gate is not None,
+            "activation": args.activation != "none",
+            "gate_activation": args.gate_activation != "none",
+            "norm": args.norm_eps is not None,
+        }
+        chain = find_chain(end, lambda _, role: wanted[role])
+        x: Tensor = self.values[chain.x]
+        if chain.permute is not None:
+            x = x.permute(chain.permute)
+        return x, None if chain.gate is None else self.values[chain.gate]
+
+    def _count(
+        self,
+        codes: Tensor,
+        x: Tensor,
+        seen: Tensor,
+        grid: tuple[Tensor, Tensor],
+        limits: tuple[int, int],
+    ) -> Tensor:
+        """Compare codes of x with those that stand behind a fake-quantizer's output.
+
+        Returns the codes; where a rounding boundary made the difference, the prepared ones.
+        """
+        low, high = limits
+        s, b = (_of_groups(t, x) for t in grid)
         expected = torch.round((seen.double() + b) / s)
         t = (x.double() + b) / s
         differs = expected != codes.double()
@@ -213,7 +287,7 @@ class _Operator:
         self.mismatches += int(differs.sum())
         self.boundary += int((differs & near).sum())
         self.clipped += float(((t < low - 0.5) | (t > high + 0.5)).sum())
-        return codes
+        return torch.where(differs & near, expected.to(codes.dtype), codes)
 
     def _count_codes(self, node: Node, codes: Tensor, value: Any) -> None:
         """Compare codes that no quantize operator made (learned thresholds) with the values seen.
@@ -234,21 +308,51 @@ class _Operator:
         step = float(operands[1].max()) if operands[1].numel() else 1.0
         return step if self.kind == "selective_scan" else step * float(operands[4].abs().max())
 
-    def _acc_equal(self, operands: tuple[Any, ...]) -> bool:
-        codes = operands[0].double()
-        weight = self.values[arguments(self.source)[1]]
+    def _largest_state(self) -> float:
+        """Largest result of the scan of absolute values."""
+        args: Any = torch.fx.node.map_arg(arguments(self.source), lambda n: self.values[n])
+        u, delta, A, B, C, D, *rest = args
+        target: Any = self.source.target
+        D = None if D is None else D.abs()
+        largest: Tensor = target(u.abs(), delta, A, B.abs(), C.abs(), D, *rest).abs()
+        return float(largest.max()) if largest.numel() else 0.0
+
+    def _weight_grid(self, operands: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of the weight that the prepared operator saw, and their step and shift."""
+        weight = self.values[arguments(self.source)[1]].double()
         step, shift = (a.double().reshape(-1, *[1] * (weight.dim() - 1)) for a in operands[4:6])
-        levels = torch.round((weight.double() + shift) / step)
+        return torch.round((weight + shift) / step), step, shift
+
+    def _products(self, operands: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+        """The operator's sum of products on other operands, in float64."""
+        if self.kind == "linear":
+            return torch.nn.functional.linear(x, weight)
+        size, stride, padding, dilation, groups = operands[9:]
+        weight = weight.reshape(size)
+        return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    def _acc_equal(self, operands: tuple[Any, ...]) -> bool:
+        levels, _, _ = self._weight_grid(operands)
         if self.kind == "linear":
             got = qmir.linear_acc(operands[0], operands[3], *operands[7:9])
-            want = torch.nn.functional.linear(codes, levels)
         else:
             got = qmir.conv2d_acc(operands[0], operands[3], *operands[8:])
-            size, stride, padding, dilation, groups = operands[9:]
-            want = torch.nn.functional.conv2d(
-                codes, levels.reshape(size), None, stride, padding, dilation, groups
-            )
-        return bool((got.double() == want).all())
+        return bool((got.double() == self._products(operands, operands[0].double(), levels)).all())
+
+    def _roundings(self, operands: tuple[Any, ...], difference: Tensor) -> float:
+        """Largest difference in units of 2^-24 of all absolute terms that make up an output."""
+        x_step, x_shift = (_of_groups(a, operands[0]) for a in operands[1:3])
+        x = (x_step * operands[0]).abs() + x_shift.abs()
+        # Where channels are shifted as well, this is what the prepared operator multiplies.
+        x = torch.maximum(x, self.values[arguments(self.source)[0]].double().abs().reshape(x.shape))
+        levels, step, shift = self._weight_grid(operands)
+        terms = self._products(operands, x, (step * levels).abs() + shift.abs())
+        bias = operands[6]
+        if bias is not None:
+            per_output = (-1,) if self.kind == "linear" else (-1, 1, 1)
+            terms = terms + bias.double().abs().reshape(per_output)
+        share = torch.where(difference > 0, difference / (2.0**-24 * terms), 0.0)
+        return float(share.max()) if share.numel() else 0.0
 
     def _sqnr(self, got: Tensor) -> float:
         """Signal to quantization noise in dB, against the same operator on float operands."""

@@ -25,6 +25,7 @@ from qmir_ao.backend.table import (
     read_batches,
 )
 from qmir_ao.errors import ConfigError
+from qmir_ao.ops.chain_quantize import ChainArgs, chain_values
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.quant.patterns import arguments, match, module_path, upstream
 
@@ -164,7 +165,12 @@ class _Listener(Interpreter):
         out = super().run_node(node)
         for reader in self.readers.get(node, ()):
             values = [self.env[a] if isinstance(a, Node) else a for a in arguments(node)]
-            _add_codes(self._totals(reader), node.name, values, out)
+            if node.target is qmir.chain_quantize.default:
+                chain, (codes, *grid) = ChainArgs(*values), out
+                values = [chain_values(chain), *grid, chain.quant_min, chain.quant_max]
+            else:
+                codes = out
+            _add_codes(self._totals(reader), node.name, values, codes)
         if node in self.pairs:
             before = self.outputs.pop(self.pairs[node])
             _add_outputs(self._totals(node), before.reshape(out.shape), out)
@@ -176,15 +182,18 @@ class _Listener(Interpreter):
         return self.state.setdefault(node.name, {"codes": {}})
 
 
+_MAKE_CODES = (qmir.dls_quantize.default, qmir.chain_quantize.default)
+
+
 def _quantizes(node: Node) -> list[Node]:
     """The operators that make the activation codes which an integer operator reads."""
 
     def stop(n: Node) -> bool:
         made_otherwise = n.target is aten.to.dtype and SOURCE in n.meta
-        ends = (qmir.dls_quantize.default, qmir.dls_qparams.default)
+        ends = (*_MAKE_CODES, qmir.dls_qparams.default)
         return n.target in ends or made_otherwise or n.op != "call_function" or n.target in KINDS
 
-    return [n for n in upstream(node, stop) if n.target is qmir.dls_quantize.default]
+    return [n for n in upstream(node, stop) if n.target in _MAKE_CODES]
 
 
 def grid_positions(x: Tensor, step: Tensor, shift: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from qmir_ao.backend.report import make_report
 from qmir_ao.errors import ConfigError
 from qmir_ao.passes.pipeline import COMPILE, run_passes
+from qmir_ao.passes.record import RECORDS
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,10 @@ def _trains(graph_module: GraphModule, example_inputs: Sequence[Any]) -> bool:
 
 
 def _lower(graph_module: GraphModule) -> None:
-    run_passes(graph_module, COMPILE)
+    records = run_passes(graph_module, COMPILE)
+    graph_module.meta[RECORDS] = records
+    for record in records:
+        log.info("qmir: pass %s", record)
     report = make_report(graph_module)
     counts = Counter(record.op for record in report.left_in_float)
     log.info(

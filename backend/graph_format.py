@@ -6,8 +6,9 @@
     nodes    [call, value, value, ...]: which values fill the holes of a call, in their order
     modules  [name, parent] of the modules that nodes came from, the parent by its place before it
     texts    names of nodes before lowering, and reasons
-    notes    [node, name, module, source, act_bits, weight_bits, reason] of the nodes that a report
-             or a comparison asks about, without the nulls at the end
+    notes    [node, name, module, source, act_bits, weight_bits, reason, parts] of the nodes that a
+             report or a comparison asks about, without the nulls at the end; parts are the modules
+             of the float operators that a fused one stands for
 
 A value is an integer: first the inputs, then the tensors in the order of their names, then the
 nodes in theirs. The last node is the output. Everything else of a graph follows from this: the
@@ -26,6 +27,7 @@ from torch.fx.immutable_collections import immutable_list
 
 from qmir_ao.backend.targets import TargetNameError, decode_target, encode_target
 from qmir_ao.errors import ConfigError
+from qmir_ao.passes.chain import PARTS
 from qmir_ao.passes.lower import REASON, SOURCE
 from qmir_ao.quant.patterns import module_path
 
@@ -60,6 +62,8 @@ def _encode(value: Any, holes: list[Node]) -> Any:
         return {"$tuple": [_encode(v, holes) for v in value]}
     if isinstance(value, list | immutable_list):
         return [_encode(v, holes) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {"$dict": [[k, _encode(v, holes)] for k, v in value.items()]}
     if isinstance(value, slice):
         return {"$slice": [_encode(v, holes) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.dtype) and str(value).removeprefix("torch.") in _DTYPES:
@@ -83,6 +87,8 @@ def _decode(value: Any, holes: Sequence[Node]) -> Any:
         return _at(holes, body)
     if tag == "$tuple":
         return tuple(_decode(v, holes) for v in body)
+    if tag == "$dict":
+        return {_text(k): _decode(v, holes) for k, v in body}
     if tag == "$slice":
         return slice(*(_decode(v, holes) for v in body))
     if tag == "$dtype":
@@ -99,6 +105,12 @@ def _at(entries: Sequence[Any], index: Any) -> Any:
     if type(index) is not int or not 0 <= index < len(entries):
         raise ValueError(f"no entry {index!r} in a table of {len(entries)}")
     return entries[index]
+
+
+def _text(key: Any) -> str:
+    if not isinstance(key, str):
+        raise TargetNameError(f"key {key!r}")
+    return key
 
 
 def identifier(name: Any) -> str:
@@ -156,10 +168,11 @@ def tensor_names(graph: Graph) -> list[str]:
 
 
 def _not_saved(node: Node, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"node {node.name} cannot be saved: {error}. Capture with example_inputs, so that it "
-        "becomes an aten operator"
-    )
+    if isinstance(node.target, torch._ops.OpOverload):
+        hint = "The format has no entry for this operator: run the lowered model as it is"
+    else:
+        hint = "Capture with example_inputs, so that it becomes an aten operator"
+    return ConfigError(f"node {node.name} cannot be saved: {error}. {hint}")
 
 
 def _input(node: Node) -> list[Any]:
@@ -194,9 +207,11 @@ def _note(node: Node, reported: bool, modules: _Table, texts: _Table) -> list[An
     source, reason = (texts.index(str(meta[k])) if k in meta else None for k in (SOURCE, REASON))
     note: list[Any] = [None, None, source]
     if reported:
-        path = str(meta.get("qmir_module") or module_path(node))
+        parts = meta.get(PARTS)
+        path = "" if parts else str(meta.get("qmir_module") or module_path(node))
         note[:2] = node.name, _module(path, modules)
         note += [meta.get("act_bits"), meta.get("weight_bits"), reason]
+        note.append([_module(part, modules) for part in parts] if parts else None)
     while note and note[-1] is None:
         note.pop()
     return note
@@ -226,7 +241,7 @@ def decode_graph(data: dict[str, Any], tensors: Sequence[str]) -> Graph:
     for tensor in tensors:
         values.append(graph.create_node("get_attr", identifier(tensor), name=next(names)))
     for number, (index, *filling) in enumerate(data["nodes"]):
-        note = (*notes.get(number, ()), *[None] * 6)
+        note = (*notes.get(number, ()), *[None] * 7)
         target, args, kwargs = _call(_at(data["calls"], index), data["targets"], filling, values)
         node = graph.create_node(*target, args, kwargs, note[0] or next(names))
         node.meta.update(_meta(note, paths, data["texts"]))
@@ -257,7 +272,7 @@ def _call(
 
 
 def _meta(note: Sequence[Any], paths: Sequence[str], texts: Sequence[Any]) -> dict[str, Any]:
-    _, module, source, act_bits, weight_bits, reason = note[:6]
+    _, module, source, act_bits, weight_bits, reason, parts = note[:7]
     meta: dict[str, Any] = {} if module is None else {"qmir_module": _at(paths, module)}
     for key, index in ((SOURCE, source), (REASON, reason)):
         if index is not None:
@@ -269,4 +284,6 @@ def _meta(note: Sequence[Any], paths: Sequence[str], texts: Sequence[Any]) -> di
             if bits is not None and (type(bits) is not int or bits not in _BITS):
                 raise ValueError(f"a bit width of {bits!r}")
         meta |= {"act_bits": act_bits, "weight_bits": weight_bits}
+    if parts is not None:
+        meta[PARTS] = tuple("" if part is None else _at(paths, part) for part in parts)
     return meta

@@ -1,6 +1,5 @@
 """The layers of a float network that quantization concerns: where they are, what they weigh."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -12,10 +11,20 @@ from torch.fx import GraphModule, Node
 
 import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.capture.export import export_graph
+from qmir_ao.capture.functionalize import functionalize
 from qmir_ao.capture.selective_scan import swapped_selective_scan
+from qmir_ao.capture.state import own_copy
 from qmir_ao.errors import CaptureError, UnsupportedGraph
+from qmir_ao.passes.pipeline import CAPTURE, run_passes
 from qmir_ao.quant.constants import constant_value
-from qmir_ao.quant.patterns import Pattern, is_constant, match, module_of, module_path, operand
+from qmir_ao.quant.patterns import (
+    Pattern,
+    match,
+    module_of,
+    module_path,
+    operand,
+    unquantizable,
+)
 from qmir_ao.quant.placement import float_by_default
 from qmir_ao.quant.prepare import trace_graph
 from qmir_ao.quant.spec import container_bits
@@ -60,14 +69,17 @@ def capture_float(model: nn.Module, example_inputs: Sequence[Any] | None = None)
     Raises:
         CaptureError: neither works.
     """
-    own = copy.deepcopy(model).eval()
+    own = own_copy(model).eval()
     try:
         with swapped_selective_scan(own):
-            return trace_graph(own)
+            graph_module = trace_graph(own)
+        functionalize(graph_module)
     except CaptureError:
         if example_inputs is None:
             raise
-    return export_graph(own, example_inputs)
+        graph_module = export_graph(own, example_inputs)
+    run_passes(graph_module, CAPTURE)
+    return graph_module
 
 
 def find_layers(graph_module: GraphModule) -> list[Layer]:
@@ -81,7 +93,7 @@ def find_layers(graph_module: GraphModule) -> list[Layer]:
     for node in graph_module.graph.nodes:
         pattern = match(graph_module, node)
         if pattern is not None:
-            reason = kept.get(node) or _computed(graph_module, node, pattern)
+            reason = kept.get(node) or unquantizable(graph_module, node, pattern)
             found.setdefault((module_path(node), reason), []).append((node, pattern))
     if not found:
         raise UnsupportedGraph("the network has no linear layer, convolution or selective scan")
@@ -111,14 +123,6 @@ def _weight_key(node: Node, position: int) -> Any:
     if node.op == "call_module":
         return node.target
     return weight.target if weight is not None and weight.op == "get_attr" else node
-
-
-def _computed(graph_module: GraphModule, node: Node, pattern: Pattern) -> str | None:
-    if pattern.weight is None or node.op == "call_module":
-        return None
-    weight = operand(node, pattern.weight)
-    known = weight is not None and is_constant(weight)
-    return None if known else "its weight is computed from an input"
 
 
 def _weight_shape(graph_module: GraphModule, node: Node, position: int) -> tuple[int, ...]:

@@ -8,7 +8,9 @@ from torch.fx import GraphModule
 from qmir_ao.backend.lowered import LoweredModule, only_referenced, plain_signature
 from qmir_ao.backend.report import make_report
 from qmir_ao.errors import ConfigError, UnsupportedGraph
+from qmir_ao.passes.base import remove_unread
 from qmir_ao.passes.pipeline import CPU, check_order, run_passes
+from qmir_ao.passes.record import RECORDS
 
 
 def lower_cpu(prepared: GraphModule) -> LoweredModule:
@@ -18,8 +20,8 @@ def lower_cpu(prepared: GraphModule) -> LoweredModule:
     graph_module = copy.deepcopy(prepared)
     graph_module.eval()
     check_order(CPU)
-    run_passes(graph_module, CPU)
-    graph_module.graph.eliminate_dead_code()
+    records = [*prepared.meta.get(RECORDS, ()), *run_passes(graph_module, CPU)]
+    remove_unread(graph_module)
     plain_signature(graph_module.graph)
     lowered = only_referenced(graph_module)
     report = make_report(lowered)
@@ -29,7 +31,7 @@ def lower_cpu(prepared: GraphModule) -> LoweredModule:
             f"left in float: {[r.name for r in report.left_in_float][:5]}. "
             "Pass a model from qmir_ao.prepare_qat"
         )
-    return LoweredModule(lowered, report, "cpu")
+    return LoweredModule(lowered, report, "cpu", records)
 
 
 TARGETS: dict[str, Callable[[GraphModule], LoweredModule]] = {"cpu": lower_cpu}

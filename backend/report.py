@@ -1,11 +1,13 @@
 """What became of each operator: integers or float, at how many bytes, and why."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from qmir_ao.passes.chain import PARTS, parts_of
 from qmir_ao.passes.lower import REASON, SOURCE
 from qmir_ao.quant.constants import attribute
 from qmir_ao.quant.patterns import arguments, module_path
@@ -21,14 +23,17 @@ KINDS: dict[Any, str] = {
 _PLUMBING = (
     "getitem getattr size sym_size reshape view permute transpose flip stack cat split chunk "
     "split_with_sizes unbind select slice squeeze unsqueeze expand contiguous flatten clone "
-    "pixel_shuffle check_input dls_qparams dls_quantize dls_dequantize rfa_dequantize "
-    "rfa_quantize pack linear conv2d selective_scan_q ss2d_scan_q full ones zeros new_ones "
+    "pixel_shuffle check_input check_sizes full ones zeros new_ones "
     "ones_like zeros_like lift_fresh_copy floordiv alias detach _assert_tensor_metadata to t roll "
-    "index_select gather scatter pixel_unshuffle"
+    "index_select gather scatter pixel_unshuffle unflatten slice_scatter select_scatter index "
+    "swapaxes movedim narrow"
 ).split()
 _OF_SIZES = ("size", "sym_size", "getattr", "ones_like", "zeros_like", "new_ones", "new_zeros")
-_WEIGHTED = ("linear", "conv1d", "conv2d", "conv_transpose2d", "matmul", "bmm", "mm", "einsum")
-_NORMS = ("layer_norm", "batch_norm", "group_norm", "native_layer_norm")
+_WEIGHTED = (
+    "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "matmul bmm mm addmm baddbmm einsum scaled_dot_product_attention gru lstm rnn_tanh rnn_relu"
+).split()
+_NORMS = "layer_norm batch_norm group_norm instance_norm rms_norm native_layer_norm".split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +126,21 @@ def op_name(node: Node) -> str:
     return str(node.target)
 
 
+_OWN = (
+    qmir.dls_qparams.default,
+    qmir.dls_quantize.default,
+    qmir.dls_dequantize.default,
+    qmir.rfa_quantize.default,
+    qmir.rfa_dequantize.default,
+    qmir.pack.default,
+)
+
+
+def _is_own(node: Node) -> bool:
+    """Whether a node turns values into codes or back."""
+    return node.target in _OWN
+
+
 def _reason(node: Node, name: str) -> str:
     if REASON in node.meta:
         return str(node.meta[REASON])
@@ -187,7 +207,11 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
         name = op_name(node)
         if node.target in KINDS:
             operators.append(_operator(graph_module, node))
-        elif name not in _PLUMBING or node.target in (aten.linear.default, aten.conv2d.default):
+        elif node.target is qmir.chain_quantize.default:
+            modules = node.meta.get(PARTS, ())
+            for part, path in itertools.zip_longest(parts_of(node), modules, fillvalue=""):
+                floats.append(FloatRecord(node.name, part, path, _reason(node, part)))
+        elif name not in _PLUMBING and not _is_own(node):
             path = str(node.meta.get("qmir_module") or module_path(node))
             floats.append(FloatRecord(node.name, name, path, _reason(node, name)))
     # A channel shift belongs to a quantizer's float addition and to an integer operator.

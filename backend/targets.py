@@ -8,74 +8,50 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from qmir_ao.capture.inputs import check_input
+from qmir_ao.capture.size_rules import check_sizes
 
 _TORCH = (
     "add sub mul div neg exp abs flip roll stack cat split chunk unbind transpose permute flatten "
     "reshape squeeze unsqueeze sigmoid tanh relu softmax mean sum matmul bmm einsum conv1d conv2d "
     "conv_transpose2d zeros ones arange clamp sqrt rsqrt pow maximum minimum where select "
-    "zeros_like ones_like narrow swapaxes movedim argmax argsort gather scatter index_select"
+    "zeros_like ones_like narrow swapaxes movedim argmax argsort gather scatter index_select amax "
+    "amin max min std var cumsum log sin cos sign square prelu channel_shuffle conv_transpose1d "
+    "conv3d bmm addmm baddbmm outer rot90 group_norm instance_norm batch_norm layer_norm celu selu "
+    "log_softmax full full_like unflatten linspace meshgrid sort topk"
 ).split()
 _FUNCTIONAL = (
     "linear layer_norm batch_norm gelu silu relu leaky_relu sigmoid tanh softplus softmax pad "
     "interpolate pixel_shuffle pixel_unshuffle adaptive_avg_pool2d avg_pool2d max_pool2d normalize "
-    "conv1d conv2d group_norm instance_norm unfold fold"
+    "conv1d conv2d group_norm instance_norm unfold fold prelu hardswish hardsigmoid hardtanh mish "
+    "elu celu selu relu6 logsigmoid softmin log_softmax softsign glu threshold max_pool1d "
+    "avg_pool1d adaptive_avg_pool1d adaptive_max_pool2d grid_sample affine_grid rms_norm "
+    "scaled_dot_product_attention cosine_similarity conv_transpose1d conv_transpose2d conv3d "
+    "bilinear channel_shuffle tanhshrink softshrink hardshrink local_response_norm lp_pool2d "
+    "rrelu embedding"
 ).split()
-_OPERATOR = "add sub mul truediv floordiv mod neg pow getitem eq ne lt le gt ge".split()
+_OPERATOR = (
+    "add sub mul matmul truediv floordiv mod neg pow getitem eq ne lt le gt ge invert and_ or_"
+).split()
+_FFT = (
+    "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift".split()
+)
 _METHODS = frozenset(
-    [
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "flip",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "flatten",
-        "squeeze",
-        "unsqueeze",
-        "split",
-        "chunk",
-        "unbind",
-        "size",
-        "dim",
-        "mean",
-        "sum",
-        "mul",
-        "add",
-        "sub",
-        "div",
-        "neg",
-        "exp",
-        "sigmoid",
-        "softmax",
-        "matmul",
-        "repeat",
-        "roll",
-        "narrow",
-        "select",
-        "type_as",
-        "float",
-        "t",
-        "view_as",
-        "clamp",
-        "sqrt",
-        "abs",
-        "to",
-        "movedim",
-        "argmax",
-        "argsort",
-        "gather",
-        "scatter",
-        "index_select",
-        "new_ones",
-        "detach",
-    ]
+    (
+        "view reshape permute transpose flip contiguous expand expand_as flatten squeeze unsqueeze "
+        "split chunk unbind size dim mean sum mul add sub div neg exp sigmoid softmax matmul "
+        "repeat roll narrow select type_as float t view_as clamp sqrt abs to movedim argmax "
+        "argsort gather scatter index_select new_ones detach amax amin max min std var pow square "
+        "unflatten swapaxes bmm relu tanh rsqrt sin cos log cumsum new_zeros numel rot90 clone "
+        "masked_fill sort topk"
+    ).split()
 )
 _ATTRIBUTES = (("shape",), ("device",))
 """What `getattr` may read, as the rest of its arguments."""
 # Operators that take text are refused unless the text can only name a variant of arithmetic.
-_TEXT_ARGUMENTS = frozenset(("approximate", "rounding_mode", "equation", "padding", "indexing"))
+_TEXT_ARGUMENTS = frozenset(
+    "approximate rounding_mode equation padding indexing mode norm reduce interpolation activation "
+    "gate_activation statistics".split()
+)
 
 
 class TargetNameError(ValueError):
@@ -83,11 +59,15 @@ class TargetNameError(ValueError):
 
 
 def _functions() -> dict[str, Any]:
-    table: dict[str, Any] = {"qmir_ao.check_input": check_input}
+    table: dict[str, Any] = {
+        "qmir_ao.check_input": check_input,
+        "qmir_ao.check_sizes": check_sizes,
+    }
     for prefix, owner, names in (
         ("operator", operator, _OPERATOR),
         ("torch", torch, _TORCH),
         ("F", F, _FUNCTIONAL),
+        ("fft", torch.fft, _FFT),
     ):
         table |= {f"{prefix}.{name}": getattr(owner, name) for name in names}
     return table

@@ -20,6 +20,7 @@ class ConvertQuantizers(Pass):
     """
 
     requires = ("InlineModules",)
+    ensures = ("quantizers_are_operators",)
 
     def rewrite(self, graph_module: GraphModule) -> int:
         """Convert every fake-quantizer that brings a `convert` method."""

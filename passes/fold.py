@@ -42,18 +42,15 @@ class FoldConstants(Pass):
     """
 
     requires = ("ConvertQuantizers",)
+    ensures = ("constants_are_folded",)
 
     def rewrite(self, graph_module: GraphModule) -> int:
         """Fold every maximal constant subgraph."""
-        known: dict[Node, bool] = {}
         changed = 0
+        known: dict[Node, bool] = {}
         for node in list(graph_module.graph.nodes):
-            if node.op == "get_attr" or not _foldable(node, known):
-                continue
-            if all(_foldable(user, known) for user in node.users):
-                continue  # a later node folds it along
-            value = constant_value(graph_module, node)
-            if not isinstance(value, torch.Tensor):
+            value = _to_fold(graph_module, node, known)
+            if value is None:
                 continue
             name = register_constant(graph_module, f"_folded_{node.name}", value)
             with graph_module.graph.inserting_before(node):
@@ -63,6 +60,23 @@ class FoldConstants(Pass):
             node.replace_all_uses_with(new)
             changed += 1
         return changed
+
+
+def _to_fold(graph_module: GraphModule, node: Node, known: dict[Node, bool]) -> torch.Tensor | None:
+    """Value of the last node of a constant subgraph, if it is a tensor."""
+    if node.op == "get_attr" or not node.users or not _foldable(node, known):
+        return None
+    if all(_foldable(user, known) for user in node.users):
+        return None  # a later node folds it along
+    value = constant_value(graph_module, node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def unfolded(graph_module: GraphModule) -> list[Node]:
+    """Operators on parameters that `FoldConstants` would evaluate."""
+    known: dict[Node, bool] = {}
+    nodes = graph_module.graph.nodes
+    return [n for n in nodes if _to_fold(graph_module, n, known) is not None]
 
 
 class FoldWeights(Pass):
@@ -76,6 +90,7 @@ class FoldWeights(Pass):
     """
 
     requires = ("FoldConstants",)
+    ensures = ("weights_are_packed",)
 
     def rewrite(self, graph_module: GraphModule) -> int:
         """Fold every RFA fake-quantize operator."""

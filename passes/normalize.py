@@ -1,5 +1,6 @@
 """Bring the graphs of both captures to one vocabulary before conversion."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from qmir_ao.passes.base import Pass
+from qmir_ao.passes.inline import inline_forward
 from qmir_ao.quant.constants import constant_value, sizes_of
 from qmir_ao.quant.patterns import is_constant, module_of
+from qmir_ao.quant.prepare import is_fake_quantize
 
 aten = torch.ops.aten
 
-_CONV_RANK: dict[Any, int] = {
+CONV_RANK: dict[Any, int] = {
     F.conv1d: 1,
     F.conv2d: 2,
     aten.conv1d.default: 1,
@@ -23,19 +26,37 @@ _CONV_RANK: dict[Any, int] = {
     aten.conv2d.padding: 2,
 }
 _CONV_ATEN: dict[int, Any] = {1: aten.conv1d.default, 2: aten.conv2d.default}
-_CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_CONV_DEFAULTS = (None, None, None, 1, 0, 1, 1)
+CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+CONV_DEFAULTS = (None, None, None, 1, 0, 1, 1)
 _LINEAR_NAMES = ("input", "weight", "bias")
+_DROPOUTS: tuple[Any, ...] = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+)
 
 
-def _arguments(node: Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+def named_arguments(node: Node, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+    """Arguments in the order of `names`, whether they were given by position or by name."""
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
 
-def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
+def _same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Padding on each side, and how many first results it makes beyond those of "same".
+
+    Where the padding is odd, torch pads one more at the end; padded as much on both sides, the
+    convolution gives one result too many, its first.
+    """
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    return None if any(t % 2 for t in total) else [t // 2 for t in total]
+    return [(t + 1) // 2 for t in total], [t % 2 for t in total]
 
 
 class InlineModules(Pass):
@@ -55,11 +76,13 @@ class InlineModules(Pass):
         changed = 0
         for node in list(graph_module.graph.nodes):
             module = module_of(graph_module, node)
-            inline = None if module is None else _inliner(module)
-            if inline is None:
+            if module is None or is_fake_quantize(module):
                 continue
+            inline = _inliner(module) or inline_forward
             with graph_module.graph.inserting_before(node):
                 new = inline(graph_module, node, module)
+            if new is None:
+                continue
             if new is not node.args[0]:
                 new.meta = dict(node.meta) | {"qmir_module": str(node.target)}
             node.replace_all_uses_with(new)
@@ -88,11 +111,11 @@ def _inline_linear(graph_module: GraphModule, node: Node, module: Any) -> Node:
 
 
 def _inline_conv(graph_module: GraphModule, node: Node, module: Any) -> Node:
-    rank = len(module.kernel_size)
-    padding = module.padding
-    if isinstance(padding, str):
-        padding = [0] * rank if padding == "valid" else module._reversed_padding_repeated_twice[::2]
+    rank, padding = len(module.kernel_size), module.padding
     weight, bias = _weight(graph_module, node, module), _attribute(graph_module, node, "bias")
+    if isinstance(padding, str):  # NormalizeOperators makes numbers of it
+        args = (node.args[0], weight, bias, module.stride, padding, module.dilation, module.groups)
+        return graph_module.graph.call_function((F.conv1d, F.conv2d)[rank - 1], args)
     sizes = (list(module.stride), list(padding), list(module.dilation), module.groups)
     return graph_module.graph.call_function(_CONV_ATEN[rank], (node.args[0], weight, bias, *sizes))
 
@@ -106,8 +129,15 @@ def _inline_norm(graph_module: GraphModule, node: Node, module: Any) -> Node:
 def _inline_batch_norm(graph_module: GraphModule, node: Node, module: Any) -> Node:
     names = ("weight", "bias", "running_mean", "running_var")
     tensors = (_attribute(graph_module, node, name) for name in names)
-    args = (node.args[0], *tensors, False, 0.0, module.eps, False)
+    args = (node.args[0], *tensors, module.running_mean is None, 0.0, module.eps, False)
     return graph_module.graph.call_function(aten.batch_norm.default, args)
+
+
+def _inline_instance_norm(graph_module: GraphModule, node: Node, module: Any) -> Node:
+    names = ("weight", "bias", "running_mean", "running_var")
+    tensors = (_attribute(graph_module, node, name) for name in names)
+    args = (node.args[0], *tensors, module.running_mean is None, 0.0, module.eps, False)
+    return graph_module.graph.call_function(aten.instance_norm.default, args)
 
 
 def _inline_identity(graph_module: GraphModule, node: Node, module: Any) -> Any:
@@ -138,6 +168,7 @@ _INLINERS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Any]], ...] = 
     ((nn.Conv1d, nn.Conv2d), _inline_conv),
     ((nn.LayerNorm,), _inline_norm),
     ((nn.BatchNorm1d, nn.BatchNorm2d), _inline_batch_norm),
+    ((nn.InstanceNorm1d, nn.InstanceNorm2d), _inline_instance_norm),
     ((nn.Identity, nn.Dropout, nn.Dropout2d), _inline_identity),
     ((nn.GELU,), _inline_gelu),
     ((nn.SiLU,), _call(aten.silu.default)),
@@ -151,9 +182,8 @@ _INLINERS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Any]], ...] = 
 
 
 def _inliner(module: nn.Module) -> Callable[..., Any] | None:
+    # Its forward pads first.
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
-        return None
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is None:
         return None
     return next((inline for kinds, inline in _INLINERS if isinstance(module, kinds)), None)
 
@@ -161,7 +191,7 @@ def _inliner(module: nn.Module) -> Callable[..., Any] | None:
 class NormalizeOperators(Pass):
     """Rewrite functional linear and convolution calls as aten operators with all arguments.
 
-    String padding becomes numbers where it is symmetric; dropout, which does nothing after
+    String padding becomes numbers; dropout, which does nothing after
     training, disappears, and so do torch.export's assertions on the types that conversions get,
     which no file could hold. Exact.
 
@@ -169,6 +199,7 @@ class NormalizeOperators(Pass):
     """
 
     requires = ("InlineModules",)
+    ensures = ("one_vocabulary",)
 
     def rewrite(self, graph_module: GraphModule) -> int:
         """Rewrite every functional linear, convolution and dropout call."""
@@ -179,33 +210,47 @@ class NormalizeOperators(Pass):
             if node.target is aten._assert_tensor_metadata.default:
                 graph_module.graph.erase_node(node)
                 changed += 1
-            elif node.target in (F.dropout, aten.dropout.default):
+            elif node.target in _DROPOUTS:
                 node.replace_all_uses_with(node.args[0])
                 graph_module.graph.erase_node(node)
                 changed += 1
             elif node.target is F.linear:
-                node.args = tuple(_arguments(node, _LINEAR_NAMES, (None, None, None)))
+                node.args = tuple(named_arguments(node, _LINEAR_NAMES, (None, None, None)))
                 node.kwargs, node.target = {}, aten.linear.default
                 changed += 1
-            elif node.target in _CONV_RANK:
-                changed += _normalize_conv(graph_module, node, _CONV_RANK[node.target])
+            elif node.target in CONV_RANK:
+                changed += _normalize_conv(graph_module, node, CONV_RANK[node.target])
         return changed
 
 
 def _normalize_conv(graph_module: GraphModule, node: Node, rank: int) -> int:
-    x, weight, bias, stride, padding, dilation, groups = _arguments(
-        node, _CONV_NAMES, _CONV_DEFAULTS
+    x, weight, bias, stride, padding, dilation, groups = named_arguments(
+        node, CONV_NAMES, CONV_DEFAULTS
     )
     stride, dilation = sizes_of(stride, rank), sizes_of(dilation, rank)
-    if isinstance(padding, str):
-        constant = is_constant(weight)
-        kernel = constant_value(graph_module, weight).shape[2:] if constant else None
-        symmetric = None if kernel is None else _same_padding(kernel, dilation)
-        if padding != "valid" and symmetric is None:
+    extra = [0] * rank
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        if not is_constant(weight):
             return 0
-        padding = [0] * rank if padding == "valid" else symmetric
+        kernel = constant_value(graph_module, weight).shape[2:]
+        padding, extra = _same_padding(kernel, dilation)
     args = (x, weight, bias, stride, sizes_of(padding, rank), dilation, groups)
     if node.args == args and node.target is _CONV_ATEN[rank] and not node.kwargs:
         return 0
     node.args, node.kwargs, node.target = args, {}, _CONV_ATEN[rank]
+    _drop_first(graph_module, node, extra)
     return 1
+
+
+def _drop_first(graph_module: GraphModule, node: Node, counts: Sequence[int]) -> None:
+    """Cut `counts` results off the beginning of the last dimensions of a convolution."""
+    current, users = node, list(node.users)
+    for dim, count in zip(range(-len(counts), 0), counts, strict=True):
+        if count:
+            with graph_module.graph.inserting_after(current):
+                args = (current, dim, count, sys.maxsize)
+                current = graph_module.graph.call_function(aten.slice.Tensor, args)
+    for user in users:
+        user.replace_input_with(node, current)

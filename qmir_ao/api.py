@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from torch.ao.quantization import QConfig, QConfigMapping
 
     from qmir_ao.backend.bit_budget import BitAssignment
+    from qmir_ao.backend.explanation import Explanation
     from qmir_ao.backend.lowered import LoweredModule
     from qmir_ao.backend.table import Table
+    from qmir_ao.passes.record import PassRecord
 
 
 def prepare_qat(
@@ -43,37 +45,62 @@ def prepare_qat(
         A trainable graph in training mode; `train()` and `eval()` work on it.
 
     Raises:
-        CaptureError: the network cannot be traced or exported; the message says how to go on.
+        CaptureError: the network cannot be traced or exported, or is not of float32; the message
+            says how to go on.
         UnsupportedGraph: nothing to quantize.
         ConfigError: bad bits, placement or QConfig.
     """
-    import copy
-
     from torch.ao.quantization import QConfigMapping
 
     import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels that training uses)
+    from qmir_ao.capture.inputs import check_dtypes
+    from qmir_ao.capture.state import kept_state, own_copy
+    from qmir_ao.passes.pipeline import CAPTURE, run_passes
+    from qmir_ao.passes.record import RECORDS
     from qmir_ao.quant.assignment import check_mapping
     from qmir_ao.quant.prepare import prepare_exported, prepare_traced
 
-    own = copy.deepcopy(model)
+    check_dtypes(model)
+    own = own_copy(model)
     if isinstance(qconfig, QConfigMapping):
         check_mapping(qconfig, own)
     if example_inputs is None:
         from qmir_ao.capture.blame import blamed
-        from qmir_ao.capture.fuse_recurrence import fused_by_trace
+        from qmir_ao.capture.functionalize import functionalize
         from qmir_ao.capture.inputs import check_devices
         from qmir_ao.capture.selective_scan import swapped_selective_scan
 
         check_devices(own, ())
-        with swapped_selective_scan(own), blamed(own):
-            return prepare_traced(fused_by_trace(own), qconfig, placement)
-    from qmir_ao.capture.export import export_graph
-    from qmir_ao.capture.inputs import insert_input_checks
+        with swapped_selective_scan(own), blamed(own), kept_state(own):
+            graph, records = _rewritten_trace(own)
+            prepared = prepare_traced(own, qconfig, placement, graph)
+        functionalize(prepared)
+    else:
+        from qmir_ao.capture.export import export_graph
+        from qmir_ao.capture.inputs import insert_input_checks
 
-    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-    graph_module = export_graph(own, inputs, dynamic_shapes)
-    insert_input_checks(graph_module)
-    return prepare_exported(graph_module, qconfig, placement)
+        inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+        graph_module = export_graph(own, inputs, dynamic_shapes)
+        records = run_passes(graph_module, CAPTURE)
+        insert_input_checks(graph_module)
+        prepared = prepare_exported(graph_module, qconfig, placement)
+    prepared.meta[RECORDS] = records
+    return prepared
+
+
+def _rewritten_trace(model: nn.Module) -> "tuple[GraphModule | None, list[PassRecord]]":
+    """A symbolic trace after the passes that run before preparation; None where none applies."""
+    from qmir_ao.capture.fuse_recurrence import rewritten_by_trace
+    from qmir_ao.passes.pipeline import CAPTURE, run_passes
+
+    records: list[PassRecord] = []
+
+    def rewrite(graph_module: GraphModule) -> bool:
+        records.extend(run_passes(graph_module, CAPTURE))
+        return any(record.changed for record in records)
+
+    found = rewritten_by_trace(model, rewrite)
+    return (found if found is not model and isinstance(found, GraphModule) else None), records
 
 
 def prepare_ptq(
@@ -189,9 +216,9 @@ def compare(
 
     Returns:
         For a prepared network one record for each integer operator, with the keys `name, module,
-        kind, codes, code_mismatches, boundary_mismatches, acc_equal, max_error_steps, sqnr_db,
-        clip_rate`; for a float network a `Table`. See `qmir_ao.backend.compare` and
-        `qmir_ao.backend.comparison`.
+        kind, codes, code_mismatches, boundary_mismatches, grid_error, acc_equal, max_error_steps,
+        max_error_roundings, sqnr_db, clip_rate`; for a float network a `Table`. See
+        `qmir_ao.backend.compare` and `qmir_ao.backend.comparison`.
 
     Raises:
         UnsupportedGraph: a prepared network that the other was not made from.
@@ -296,6 +323,24 @@ def assign_bits(
         progress=progress,
         **settings,
     )
+
+
+def explain(lowered: "LoweredModule") -> "Explanation":
+    """What each pass changed, and what became of each operator.
+
+    Args:
+        lowered: from `convert_and_lower` or `load`.
+
+    Returns:
+        An object to print, with `passes` (records with `name`, `changed`, `operators` and
+        `modules`), `operators()` (rows of the operator table) and `to_dict()`.
+
+    Raises:
+        ConfigError: it is no lowered model.
+    """
+    from qmir_ao.backend.explanation import explain_lowered
+
+    return explain_lowered(lowered)
 
 
 def save(lowered: "LoweredModule", path: str | os.PathLike[str]) -> None:

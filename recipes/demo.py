@@ -303,5 +303,6 @@ def run(
         Picture(i.name, i.truth, {m["key"]: by[i.name] for m, by in done}, i.crop) for i in images
     ]
     document = _document(model, images, methods, options, clock.report())
-    write(document, pictures, output)
+    with progress("writing the report"):
+        write(document, pictures, output)
     return document

@@ -18,6 +18,7 @@ PUBLIC = [
     "calibrate",
     "compare",
     "convert_and_lower",
+    "explain",
     "get_qmir_qconfig",
     "get_qmir_qconfig_mapping",
     "load",

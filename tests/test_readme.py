@@ -58,5 +58,7 @@ def test_options_of_training_exist_where_the_table_says() -> None:
     rows = re.findall(r"^\| `(--[a-z0-9-]+)[^|]*\|[^|]*\|([^|]*)\|$", README, re.MULTILINE)
     assert len(rows) >= 6
     for option, commands in rows:
-        where = [name for name in ("train", "quantize", "run") if option in options(name)]
+        where = [
+            name for name in ("train", "quantize", "run", "reproduce") if option in options(name)
+        ]
         assert re.findall(r"`([a-z]+)`", commands) == where

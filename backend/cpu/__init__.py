@@ -1,5 +1,6 @@
 """CPU target: importing it registers the C++ kernels (compiled on first call)."""
 
+import qmir_ao.backend.cpu.chain_quantize
 import qmir_ao.backend.cpu.conv2d
 import qmir_ao.backend.cpu.dls
 import qmir_ao.backend.cpu.linear

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 
 
 @functools.cache
 def bind(lib: ctypes.CDLL, name: str, arguments: str, returns: bool = False) -> Callable[..., int]:
-    """The C function `name` of `lib` that takes pointers ("p") and int64 ("i").
+    """The C function `name` of `lib` that takes pointers ("p"), int64 ("i") and double ("d").
 
     Args:
         lib: the kernel library.

@@ -52,11 +52,12 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def sources() -> tuple[list[Path], Path]:
-    """The `.cpp` files of the CPU backend and the folder of headers shared with CUDA."""
-    here = Path(__file__).resolve().parent
+def sources() -> dict[str, bytes]:
+    """Everything that is compiled: `.cpp` files, their headers, and those shared with CUDA."""
+    here = Path(__file__).resolve().parent / "csrc"
     shared = Path(str(resources.files("qmir_ao.cuda") / "include"))
-    return sorted((here / "csrc").glob("*.cpp")), shared
+    files = [*sorted(here.glob("*.cpp")), *sorted(here.glob("*.h")), *sorted(shared.glob("*.cuh"))]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def _isa_flags(cxx: str) -> list[str]:
@@ -71,15 +72,17 @@ def _isa_flags(cxx: str) -> list[str]:
     return flags if probe.returncode == 0 else []
 
 
-def _key(files: list[Path], command: list[str], cxx: str) -> str:
+def _key(files: dict[str, bytes], command: list[str], cxx: str) -> str:
     digest = hashlib.sha256()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     # -march=native means another machine code on another CPU: a home folder may be shared.
     macros = subprocess.run(
         [cxx, *command, "-x", "c++", "-dM", "-E", "-"], input="", capture_output=True, text=True
     ).stdout
-    for text in (version, macros, " ".join(command), *(f.name + f.read_text() for f in files)):
+    for text in (version, macros, " ".join(command)):
         digest.update(text.encode())
+    for name, content in files.items():
+        digest.update(name.encode() + content)
     return digest.hexdigest()[:24]
 
 
@@ -92,33 +95,46 @@ def build() -> Path:
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler found (looked for $CXX, g++, clang++)")
-    units, include = sources()
-    headers = sorted(include.glob("*.cuh")) + sorted(units[0].parent.glob("*.h"))
+    files = sources()
     flags = [*FLAGS, *_isa_flags(cxx)]
-    target = cache_dir() / f"qmir_cpu_{_key([*units, *headers], flags, cxx)}.so"
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        objects = [str(Path(scratch) / f"{unit.stem}.o") for unit in units]
-        compile_only = [flag for flag in flags if flag != "-shared"]
-        jobs = [
-            subprocess.Popen(
-                [cxx, *compile_only, f"-I{include}", "-c", str(unit), "-o", obj],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for unit, obj in zip(units, objects, strict=True)
-        ]
-        failures = [err for job in jobs if (err := job.communicate()[1]) and job.returncode]
-        if failures:
-            raise BuildError(f"{cxx} failed:\n" + "\n".join(failures)[:4000])
-        built = str(Path(scratch) / target.name)
-        link = subprocess.run([cxx, *flags, *objects, "-o", built], capture_output=True, text=True)
-        if link.returncode:
-            raise BuildError(f"{cxx} failed to link:\n{link.stderr[:4000]}")
-        os.replace(built, target)
+    target = cache_dir() / f"qmir_cpu_{_key(files, flags, cxx)}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            os.replace(_compile(cxx, flags, files, Path(scratch)), target)
     return target
+
+
+def _compile(cxx: str, flags: list[str], files: dict[str, bytes], scratch: Path) -> Path:
+    """Compile the files in a scratch folder; return the path of the library in it.
+
+    They are written there first: the sources may be edited meanwhile, and the cache's key is that
+    of what was read.
+    """
+    for name, content in files.items():
+        (scratch / name).write_bytes(content)
+    units = [name for name in files if name.endswith(".cpp")]
+    compile_only = [flag for flag in flags if flag != "-shared"]
+    jobs = [
+        subprocess.Popen(
+            [cxx, *compile_only, "-c", unit, "-o", f"{unit}.o"],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=scratch,
+        )
+        for unit in units
+    ]
+    failures = [err for job in jobs if (err := job.communicate()[1]) and job.returncode]
+    if failures:
+        raise BuildError(f"{cxx} failed:\n" + "\n".join(failures)[:4000])
+    built = "kernels.so"
+    objects = [f"{unit}.o" for unit in units]
+    link = subprocess.run(
+        [cxx, *flags, *objects, "-o", built], capture_output=True, text=True, cwd=scratch
+    )
+    if link.returncode:
+        raise BuildError(f"{cxx} failed to link:\n{link.stderr[:4000]}")
+    return scratch / built
 
 
 @functools.cache

@@ -8,13 +8,8 @@ from torch import Tensor
 
 from qmir_ao.backend.cpu.build import pointer
 from qmir_ao.backend.cpu.registration import cpu_kernel
-from qmir_ao.ops.conv2d import (
-    Geometry,
-    check_conv2d,
-    check_conv2d_acc,
-    conv2d_acc_ref,
-    conv2d_ref,
-)
+from qmir_ao.ops._convolution import Geometry, check_convolution
+from qmir_ao.ops.conv2d import check_conv2d, conv2d_acc_ref, conv2d_ref
 
 
 def _shape(
@@ -49,7 +44,7 @@ def _conv2d_acc(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d_acc("conv2d_acc", x, weight, geometry)
+    out = check_convolution("conv2d_acc", x, weight, geometry)
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.int32)
     if y.numel():

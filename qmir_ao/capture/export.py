@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qmir_ao.capture.blame import blame
+from qmir_ao.capture.functionalize import functionalize
 from qmir_ao.capture.fuse_recurrence import fuse_recurrences
 from qmir_ao.capture.inputs import check_devices
 from qmir_ao.capture.selective_scan import swapped_selective_scan
@@ -98,5 +99,6 @@ def _try_export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> Graph
             f"{type(error).__name__}: {_first_line(error)}. "
             f"{_advice(error)}"
         ) from error
+    functionalize(graph_module)
     fuse_recurrences(graph_module)
     return graph_module

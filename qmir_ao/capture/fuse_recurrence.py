@@ -1,11 +1,14 @@
 """Replace proven recurrences in a captured graph by `torch.ops.qmir.selective_scan`."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from qmir_ao.capture.functionalize import functionalize, shows
+from qmir_ao.capture.inputs import check_constants
 from qmir_ao.capture.operands import evaluate_constant
 from qmir_ao.capture.recurrence import (
     call_name,
@@ -14,6 +17,7 @@ from qmir_ao.capture.recurrence import (
     unrolled,
 )
 from qmir_ao.capture.recurrence_check import Match, prove
+from qmir_ao.capture.state import Buffers, check_stateless
 from qmir_ao.capture.unroll import emit, unroll_scan
 from qmir_ao.ops.selective_scan import selective_scan_op
 
@@ -62,16 +66,36 @@ def fuse_recurrences(graph_module: GraphModule) -> int:
     return count
 
 
-def fused_by_trace(model: nn.Module) -> nn.Module:
-    """The model as a graph with its recurrences replaced; itself where there is none to replace."""
+def rewritten_by_trace(
+    model: nn.Module, rewrite: Callable[[GraphModule], bool] = lambda _: False
+) -> nn.Module:
+    """The model as a graph with recurrences replaced and effects of in-place operators written out.
+
+    The model itself where nothing changes.
+
+    Args:
+        model: what is traced; where that fails the preparation traces again, and reports it.
+        rewrite: further rewriting of the graph in place; returns whether it changed something.
+
+    Raises:
+        CaptureError: an in-place operator that cannot be written out, a result that depends on
+            state, or a constant on another device.
+    """
     from torch.ao.quantization.fx.tracer import QuantizationTracer
 
+    buffers = Buffers(model)
     try:
-        traced = GraphModule(model, QuantizationTracer([], []).trace(model))
-    except Exception as reason:  # the preparation traces again, and reports it
+        traced = GraphModule(model.eval(), QuantizationTracer([], []).trace(model))
+    except Exception as reason:
         log.debug("no search for recurrences: %s", reason)
         return model
-    return traced if fuse_recurrences(traced) else model
+    check_stateless(traced.graph, buffers)
+    check_constants(traced)
+    effects = shows(traced)
+    if effects:
+        functionalize(traced)
+    fused = fuse_recurrences(traced) > 0
+    return traced if rewrite(traced) or fused or effects else model
 
 
 def _replace(graph_module: GraphModule, match: Match) -> None:

@@ -21,7 +21,7 @@ def emit(
 ) -> Node:
     """Add a call at the insertion point, with its shape and the origin of `like`."""
     node = graph.call_function(target, args, kwargs)
-    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "example_value")}
     known: list[Any] = []
 
     def value(n: Node) -> Any:
@@ -30,7 +30,8 @@ def emit(
 
     given: Any = torch.fx.node.map_arg((args, kwargs or {}), value)
     mode = detect_fake_mode([v for v in known if isinstance(v, Tensor)])
-    if mode is not None:
+    # The call of a quantizer has no recorded value, and what reads it gets none either.
+    if mode is not None and all(v is not None for v in known):
         with mode:
             node.meta["val"] = target(*given[0], **given[1])
     return node

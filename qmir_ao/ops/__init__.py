@@ -1,5 +1,6 @@
 """Operators `torch.ops.qmir.*`: schema, reference, shapes, backward. No kernels here."""
 
+import qmir_ao.ops.chain_quantize
 import qmir_ao.ops.conv2d
 import qmir_ao.ops.dls
 import qmir_ao.ops.dls_fake_quant

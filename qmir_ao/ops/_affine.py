@@ -27,8 +27,11 @@ def code_dtype(quant_max: int) -> torch.dtype:
 
 
 def group_count(x: torch.Tensor, per_tensor: bool) -> int:
-    """Number of activation groups: one per sample (dim 0), or one in all."""
-    return 1 if per_tensor or x.dim() == 0 else x.shape[0]
+    """Number of activation groups: one per sample (dim 0), or one in all.
+
+    A vector has no dimension for samples: it is one.
+    """
+    return 1 if per_tensor or x.dim() < 2 else x.shape[0]
 
 
 def as_rows(x: torch.Tensor, groups: int) -> torch.Tensor:

@@ -19,23 +19,19 @@ Inference only: there is no backward.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from qmir_ao.ops._convolution import Geometry, check_convolution, windows
 from qmir_ao.ops._integer import (
     check_bias,
-    check_codes,
     check_grid,
     check_offset,
-    check_taps,
-    check_weight,
     check_weight_grid,
     epilogue,
     fixed_point,
-    require,
 )
 from qmir_ao.ops._library import define
 from qmir_ao.ops.pack import unpack_ref
@@ -50,69 +46,6 @@ SCHEMA = (
 )
 
 
-class Geometry(NamedTuple):
-    """Everything of a convolution that is not a tensor."""
-
-    bits: int
-    weight_size: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-
-    def out_size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of the result."""
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight_size[2:], strict=True)]
-        rows, cols = (
-            (x.shape[2 + i] + 2 * self.padding[i] - spans[i]) // self.stride[i] + 1 for i in (0, 1)
-        )
-        return rows, cols
-
-
-def _check_pair(op: str, name: str, pair: Sequence[int], low: int) -> None:
-    require(
-        len(pair) == 2 and all(value >= low for value in pair),
-        lambda: f"qmir::{op}: {name} must be two integers >= {low}, got {list(pair)}",
-    )
-
-
-def _check_geometry(op: str, x: Tensor, geometry: Geometry) -> None:
-    size, groups = geometry.weight_size, geometry.groups
-    require(x.dim() == 4, lambda: f"qmir::{op}: x must be (B, C, H, W), got {x.dim()} axes")
-    require(
-        len(size) == 4 and min(size) >= 1,
-        lambda: f"qmir::{op}: weight_size must be [O, C/groups, kh, kw], all >= 1, got {size}",
-    )
-    _check_pair(op, "stride", geometry.stride, 1)
-    _check_pair(op, "padding", geometry.padding, 0)
-    _check_pair(op, "dilation", geometry.dilation, 1)
-    require(
-        groups >= 1 and size[0] % groups == 0 and x.shape[1] == size[1] * groups,
-        lambda: (
-            f"qmir::{op}: groups must divide O, and C must be groups * weight_size[1]; got "
-            f"C = {x.shape[1]}, groups = {groups}, weight_size = {list(size)}"
-        ),
-    )
-
-
-def check_conv2d_acc(op: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
-    """Refuse operands that do not fit together; return the output's height and width."""
-    check_codes(op, "x", x)
-    _check_geometry(op, x, geometry)
-    out_features, channels, height, width = geometry.weight_size
-    check_taps(op, channels * height * width)
-    check_weight(op, weight, out_features * channels * height * width, geometry.bits)
-    rows, cols = geometry.out_size(x)
-    require(
-        rows >= 1 and cols >= 1,
-        lambda: (
-            f"qmir::{op}: the kernel {height}x{width} with dilation {list(geometry.dilation)} is "
-            f"larger than the padded image, got H, W = {x.shape[2]}, {x.shape[3]}"
-        ),
-    )
-    return rows, cols
-
-
 def check_conv2d(
     x: Tensor,
     x_step: Tensor,
@@ -125,25 +58,12 @@ def check_conv2d(
     geometry: Geometry,
 ) -> tuple[int, int]:
     """Refuse operands that do not fit `qmir::conv2d`; return the output's height and width."""
-    size = check_conv2d_acc("conv2d", x, weight, geometry)
+    size = check_convolution("conv2d", x, weight, geometry)
     check_grid("conv2d", "x", x_step, x_shift, x.shape[0])
     check_weight_grid("conv2d", w_step, w_shift, geometry.weight_size[0])
     check_bias("conv2d", bias, geometry.weight_size[0])
     check_offset("conv2d", x_offset, x.shape[1])
     return size
-
-
-def _taps(x: Tensor, geometry: Geometry, out: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
-    """Each kernel position with the values it meets at all output positions; 0 outside."""
-    pad_h, pad_w = geometry.padding
-    padded = torch.nn.functional.pad(x, (pad_w, pad_w, pad_h, pad_h))
-    step_h, step_w = geometry.stride
-    for i in range(geometry.weight_size[2]):
-        for j in range(geometry.weight_size[3]):
-            top, left = i * geometry.dilation[0], j * geometry.dilation[1]
-            rows = slice(top, top + (out[0] - 1) * step_h + 1, step_h)
-            cols = slice(left, left + (out[1] - 1) * step_w + 1, step_w)
-            yield i, j, padded[..., rows, cols]
 
 
 def _weight_codes(weight: Tensor, geometry: Geometry) -> Tensor:
@@ -156,7 +76,7 @@ def _accumulate(x: Tensor, codes: Tensor, geometry: Geometry, out: tuple[int, in
     groups = geometry.groups
     kernel = codes.reshape(groups, codes.shape[0] // groups, *codes.shape[1:])
     acc = x.new_zeros(x.shape[0], groups, kernel.shape[1], out[0] * out[1], dtype=torch.int32)
-    for i, j, window in _taps(x.to(torch.int32), geometry, out):
+    for i, j, window in windows(x.to(torch.int32), geometry, out):
         values = window.reshape(x.shape[0], groups, codes.shape[1], out[0] * out[1])
         acc = acc + torch.matmul(kernel[..., i, j], values)
     return acc.reshape(x.shape[0], codes.shape[0], *out)
@@ -174,7 +94,7 @@ def conv2d_acc_ref(
 ) -> Tensor:
     """Plain-torch form of `qmir::conv2d_acc`."""
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d_acc("conv2d_acc", x, weight, geometry)
+    out = check_convolution("conv2d_acc", x, weight, geometry)
     return _accumulate(x, _weight_codes(weight, geometry), geometry, out)
 
 
@@ -191,7 +111,7 @@ def _offset_sums(
     qo = fixed.new_zeros(codes.shape[0], *out)
     so = fixed.new_zeros(codes.shape[0], *out)
     inside = x.new_ones(x.shape[2:], dtype=torch.int64)
-    for i, j, window in _taps(inside, geometry, out):
+    for i, j, window in windows(inside, geometry, out):
         qo = qo + window * products[:, i, j]
         so = so + window * each
     return qo, so, unit
@@ -220,13 +140,13 @@ def conv2d_ref(
     features = codes.shape[0]
     offset = None if x_offset is None else _offset_sums(x, x_offset, codes, geometry, out)
     sums = x.reshape(x.shape[0], groups, -1, *x.shape[2:]).sum(2, dtype=torch.int32)
-    sx = torch.stack([window for _, _, window in _taps(sums, geometry, out)]).sum(0)
+    sx = torch.stack([window for _, _, window in windows(sums, geometry, out)]).sum(0)
     sx = sx.repeat_interleave(features // groups, dim=1)
     inside = x.new_ones(x.shape[2:], dtype=torch.int64)
     row_sums = codes.sum(1)
     taps = inside.new_zeros(out)
     sw = inside.new_zeros(features, *out)
-    for i, j, window in _taps(inside, geometry, out):
+    for i, j, window in windows(inside, geometry, out):
         taps = taps + window
         sw = sw + window * row_sums[:, i, j].reshape(-1, 1, 1)
     return epilogue(
@@ -252,7 +172,7 @@ def _conv2d_acc_fake(
     groups: int,
 ) -> Tensor:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d_acc("conv2d_acc", x, weight, geometry)
+    out = check_convolution("conv2d_acc", x, weight, geometry)
     return x.new_empty((x.shape[0], weight_size[0], *out), dtype=torch.int32)
 
 

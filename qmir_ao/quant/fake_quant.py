@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qmir_ao.errors import ConfigError, QmirError
-from qmir_ao.ops._affine import check_finite
+from qmir_ao.ops._affine import check_finite, group_count
 from qmir_ao.ops.dls_fake_quant import dls_fake_quant
 from qmir_ao.quant._bases import QmirFakeQuantize, parameter
 from qmir_ao.quant._graph import constants, pass_through, put_in_place, quantize_dequantize
@@ -124,6 +124,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
             raise ConfigError("DLSFakeQuantize: per_tensor and per_token exclude each other")
         self.per_token = settings["per_token"] and not self.per_tensor
         self.tokens = False
+        self._vector = False
         self.has_channel_shift = settings["channel_shift"]
         self.channel_dim: int | None = None
         self.clamp_output = settings["clamp_output"]
@@ -152,7 +153,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
 
     def sample_count(self, x: Tensor) -> int:
         """Number of samples with statistics of their own."""
-        return 1 if self.per_tensor or x.dim() == 0 else x.shape[0]
+        return group_count(x, self.per_tensor)
 
     def attach(self, kinds: set[str]) -> None:
         """Find out what a token and a channel are from what reads the tensor."""
@@ -185,6 +186,7 @@ class DLSFakeQuantize(QmirFakeQuantize):
 
     def _centre(self, x: Tensor) -> None:
         """Start the channel shift at the negative channel means of a first batch."""
+        self._vector = x.dim() == 1
         if self.channel_dim is None or self.channel_shift is None or x.dim() < 2:
             return
         others = [i for i in range(x.dim()) if i != self.channel_dim % x.dim()]
@@ -297,10 +299,14 @@ class DLSFakeQuantize(QmirFakeQuantize):
             )
             settings = (self.quant_min, self.quant_max, self.per_tensor, self.cap)
             off_grid = self.constant or self.clamp_output or is_constant(source)
+            vector = self._vector or _is_vector(source)
             offset = self._emit_offset(model, node)
             rows = source = node.all_input_nodes[0]
             if self.tokens:
-                rows = graph.call_function(aten.flatten.using_ints, (source, 0, -2))
+                if vector:
+                    rows = graph.call_function(aten.unsqueeze.default, (source, 0))
+                    rows.meta["qmir_source"] = node.name
+                rows = graph.call_function(aten.flatten.using_ints, (rows, 0, -2))
                 rows.meta["qmir_source"] = node.name
             if off_grid or self.quant_max > 127:
                 new = graph.call_function(
@@ -342,3 +348,9 @@ class DLSFakeQuantize(QmirFakeQuantize):
             f"clamp_output={self.clamp_output}, "
             f"signed={self.signed!r}, constant={self.constant}"
         )
+
+
+def _is_vector(node: Node) -> bool:
+    """Whether a tensor is known to have a single dimension."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 1

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qmir_ao.ops._affine import as_rows, group_count
+
 SAMPLE = 65536
 """Most elements of a first batch that the search looks at."""
 
@@ -73,7 +75,7 @@ def searched_scalars(x: Tensor, bits: int, quant_min: int, per_tensor: bool) -> 
         scale_weights (0, a, 0, 0) and shift_weights (-1, b, 0, 0); the closed form where nothing
         varies.
     """
-    rows = x.detach().reshape(1 if per_tensor or x.dim() == 0 else x.shape[0], -1).float()
+    rows = as_rows(x.detach(), group_count(x, per_tensor)).float()
     if rows.shape[1] < 2:
         return closed_form(bits, quant_min)
     mean, std = rows.mean(1, keepdim=True), rows.std(1, keepdim=True)

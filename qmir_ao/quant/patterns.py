@@ -143,6 +143,27 @@ def is_constant(node: Node, seen: dict[Node, bool] | None = None) -> bool:
     return seen[node]
 
 
+def unquantizable(graph_module: GraphModule, node: Node, pattern: Pattern) -> str | None:
+    """Why an operator cannot be quantized, whatever its QConfig says, or None."""
+    module = module_of(graph_module, node)
+    if module is not None and type(module) not in pattern.modules:
+        return f"its module is a {type(module).__name__}; capture with example_inputs"
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode != "zeros":
+        return f"the module pads by {mode!r} before it convolves; capture with example_inputs"
+    if module is None and pattern.weight is not None:
+        if {"input", "weight"} & node.kwargs.keys():
+            return "its operands are passed by name; pass them by position"
+        weight = operand(node, pattern.weight)
+        if weight is None or not is_constant(weight):
+            return "its weight is computed from an input"
+    value = node.meta.get("val")
+    rank = {CONV.kind: 3 if node.target in CONV_1D else 4, LINEAR.kind: 1}.get(pattern.kind, 0)
+    if isinstance(value, torch.Tensor) and value.dim() < rank:
+        return "its input has no batch dimension"
+    return None
+
+
 def downstream(node: Node, stop: Callable[[Node], bool]) -> list[Node]:
     """Nodes reached from `node` towards the output; the walk does not go beyond `stop` nodes."""
     return _walk(node, lambda n: list(n.users), stop)

@@ -15,6 +15,7 @@ from qmir_ao.errors import CaptureError
 from qmir_ao.quant._bases import QmirFakeQuantize
 from qmir_ao.quant.backend_config import qmir_backend_config
 from qmir_ao.quant.constants import constant_value
+from qmir_ao.quant.modes import with_modes
 from qmir_ao.quant.patterns import (
     Pattern,
     is_constant,
@@ -22,6 +23,7 @@ from qmir_ao.quant.patterns import (
     module_of,
     module_path,
     operand,
+    unquantizable,
 )
 from qmir_ao.quant.placement import (
     as_mapping,
@@ -35,11 +37,6 @@ from qmir_ao.quant.qconfig import official_mapping
 from qmir_ao.quant.quantizer import FLOAT_REASON, NO_QCONFIG, QmirQuantizer, nothing_to_quantize
 
 aten = torch.ops.aten
-_TRAINING_ARGUMENT = {
-    aten.dropout.default: 2,
-    aten.feature_dropout.default: 2,
-    aten.batch_norm.default: 5,
-}
 
 
 def is_fake_quantize(module: nn.Module | None) -> bool:
@@ -57,58 +54,59 @@ def prepare_exported(
         ConfigError: bad QConfig or placement.
     """
     quantizer = QmirQuantizer(qconfig, placement=placement)
+    hidden = _retarget(graph_module, aten.batch_norm.default, _batch_norm)
     with _quiet():
         prepared = prepare_qat_pt2e(graph_module, quantizer)
+    if hidden:
+        _retarget(prepared, _batch_norm, aten.batch_norm.default)
+        prepared.recompile()
     materialize(prepared)
     return with_modes(prepared)
 
 
-class PreparedGraph(GraphModule):
-    """An exported graph with working `train()` and `eval()`, which torch.export takes away.
+def _batch_norm(*args: Any) -> torch.Tensor:
+    """A batch norm that torchao does not know.
 
-    A subclass, so that copies of the model have them too.
+    It would scale the weight of the convolution before by the running variance, for backends that
+    fold the two; here the norm stays on its own, and the convolution may be called elsewhere too.
     """
-
-    def train(self, mode: bool = True) -> "PreparedGraph":
-        """Switch dropout, batch norm and the quantizers to training (or evaluation)."""
-        for node in self.graph.nodes:
-            position = _TRAINING_ARGUMENT.get(node.target)
-            if position is not None:
-                node.update_arg(position, mode)
-        self.recompile()
-        for module in self.modules():
-            module.training = mode
-        return self
-
-    def eval(self) -> "PreparedGraph":
-        """Switch to evaluation."""
-        return self.train(False)
+    y: torch.Tensor = aten.batch_norm.default(*args)
+    return y
 
 
-def with_modes(graph_module: GraphModule) -> PreparedGraph:
-    """The same graph as a `PreparedGraph`, in training mode."""
-    prepared = PreparedGraph(graph_module, graph_module.graph)
-    prepared.meta.update(graph_module.meta)
-    return prepared.train()
+def _retarget(graph_module: GraphModule, old: Any, new: Any) -> int:
+    nodes = [n for n in graph_module.graph.nodes if n.target is old]
+    for node in nodes:
+        node.target = new
+    return len(nodes)
 
 
 def prepare_traced(
-    model: nn.Module, qconfig: QConfig | QConfigMapping, placement: str
+    model: nn.Module,
+    qconfig: QConfig | QConfigMapping,
+    placement: str,
+    graph: GraphModule | None = None,
 ) -> GraphModule:
     """Run torch.ao's `prepare_qat_fx` on a model and bring its quantizers to the same places.
+
+    Args:
+        model: what is traced.
+        qconfig: a QConfig, or a QConfigMapping.
+        placement: "paper" or "official".
+        graph: a trace of the model that was rewritten, to be prepared in its place.
 
     Raises:
         CaptureError: symbolic tracing failed.
         UnsupportedGraph: nothing to quantize.
     """
-    from torch.ao.quantization.quantize_fx import prepare_qat_fx
-
     check_placement(placement)
     mapping = official_mapping(qconfig) if placement == "official" else as_mapping(qconfig)
-    traced = trace_graph(model)
+    # A trace fixes what `self.training` decides; a graph of the evaluation is what lowering needs.
+    model.eval()
+    traced = trace_graph(model) if graph is None else graph
     full, reasons = _mapping_by_layer(traced, mapping)
     with _quiet():
-        prepared = prepare_qat_fx(model.train(), full, (), backend_config=qmir_backend_config())
+        prepared = _prepare_graph(traced, full) if graph is not None else _prepare(model, full)
     for node in prepared.graph.nodes:
         pattern = match(prepared, node)
         if pattern is not None and node.name in reasons:
@@ -119,7 +117,43 @@ def prepare_traced(
     if not any(is_fake_quantize(m) for m in prepared.modules()):
         raise nothing_to_quantize(prepared)
     materialize(prepared)
-    return prepared
+    return with_modes(prepared)
+
+
+def _prepare(model: nn.Module, mapping: QConfigMapping) -> GraphModule:
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    return prepare_qat_fx(model, mapping, (), backend_config=qmir_backend_config())
+
+
+def _prepare_graph(traced: GraphModule, mapping: QConfigMapping) -> GraphModule:
+    """What `prepare_qat_fx` does after its own trace.
+
+    A second trace of a graph would lose which module a function was called in, and with it the
+    settings by module name.
+    """
+    from torch.ao.quantization.fx.custom_config import FuseCustomConfig, PrepareCustomConfig
+    from torch.ao.quantization.fx.prepare import prepare
+    from torch.ao.quantization.quantize_fx import _attach_meta_to_node_if_not_exist, _fuse_fx
+
+    scopes = {}
+    for node in traced.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())
+        scopes[node.name] = stack[-1]
+    traced.train()
+    _attach_meta_to_node_if_not_exist(traced)
+    config = qmir_backend_config()
+    fused = _fuse_fx(traced, True, FuseCustomConfig(), config)
+    return prepare(
+        fused,
+        mapping,
+        True,
+        scopes,
+        example_inputs=(),
+        prepare_custom_config=PrepareCustomConfig(),
+        _equalization_config=QConfigMapping(),
+        backend_config=config,
+    )
 
 
 def trace_graph(model: nn.Module) -> GraphModule:
@@ -158,9 +192,11 @@ def _mapping_by_layer(
         pattern, path = match(traced, node), module_path(node)
         if pattern is None:
             continue
-        stays = node in kept and not overrules(mapping, path)
-        if stays:
-            reasons[node.name] = kept[node]
+        stays = unquantizable(traced, node, pattern)
+        if stays is None and node in kept and not overrules(mapping, path):
+            stays = kept[node]
+        if stays is not None:
+            reasons[node.name] = stays
         if node.op == "call_module":
             full.set_module_name(path, None if stays else resolve(mapping, node, pattern.kind))
     return full, reasons

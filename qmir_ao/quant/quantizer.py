@@ -1,5 +1,6 @@
 """The torchao PT2E quantizer: annotates an exported graph with DLS and RFA."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,9 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
-import qmir_ao.quant._bases  # noqa: F401  (imports torchao without its noise)
 from qmir_ao.errors import UnsupportedGraph
-from qmir_ao.quant.patterns import Pattern, is_constant, match, module_path, operand
+from qmir_ao.quant._bases import QmirFakeQuantize
+from qmir_ao.quant.patterns import Pattern, is_constant, match, module_path, operand, unquantizable
 from qmir_ao.quant.placement import (
     as_mapping,
     check_placement,
@@ -58,15 +59,41 @@ def _spec(make: Callable[..., nn.Module], **kwargs: Any) -> QuantizationSpec:
     )
 
 
-def annotate_node(node: Node, pattern: Pattern, qconfig: QConfig) -> None:
+def _attached(make: Callable[..., Any], kinds: set[str]) -> nn.Module:
+    """A new activation quantizer that knows what reads its tensor."""
+    module: nn.Module = make()
+    if isinstance(module, QmirFakeQuantize):
+        module.attach(kinds)
+    return module
+
+
+class _Readers:
+    """Which kinds of operators read a tensor through one quantizer."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[Any, ...], set[str]] = {}
+
+    def of(self, source: Node, qconfig: QConfig) -> set[str]:
+        """The kinds, to be read or added to."""
+        spec = _spec(qconfig.activation)
+        # What torchao compares before two edges share a quantizer.
+        key = (source, spec.dtype, spec.quant_min, spec.quant_max, spec.ch_axis)
+        return self._kinds.setdefault(key, set())
+
+
+def _sources(node: Node, pattern: Pattern) -> list[Node]:
+    """The activations of an operator that are tensors of the graph."""
+    found = (operand(node, position) for position in pattern.activations)
+    return [source for source in found if source is not None]
+
+
+def annotate_node(node: Node, pattern: Pattern, qconfig: QConfig, readers: _Readers) -> None:
     """Attach the quantization annotation of one operator to its node."""
     inputs: dict[Node, QuantizationSpec] = {}
-    activation = _spec(qconfig.activation)
     constant = _spec(lambda: qconfig.activation().for_constant())
-    for position in pattern.activations:
-        source = operand(node, position)
-        if source is not None:
-            inputs[source] = constant if is_constant(source) else activation
+    for source in _sources(node, pattern):
+        make = functools.partial(_attached, qconfig.activation, readers.of(source, qconfig))
+        inputs[source] = constant if is_constant(source) else _spec(make)
     weight = None if pattern.weight is None else operand(node, pattern.weight)
     if weight is not None:
         inputs[weight] = _spec(qconfig.weight)
@@ -116,7 +143,7 @@ class QmirQuantizer(Quantizer):  # type: ignore[misc]
             UnsupportedGraph: nothing to quantize, with what was found and why it stays float.
         """
         kept = float_by_default(model)
-        count = 0
+        chosen: list[tuple[Node, Pattern, QConfig]] = []
         for node in model.graph.nodes:
             pattern = match(model, node)
             if pattern is None:
@@ -126,22 +153,22 @@ class QmirQuantizer(Quantizer):  # type: ignore[misc]
                 node.meta[FLOAT_REASON] = NO_QCONFIG
             elif node in kept and not overrules(self.mapping, module_path(node)):
                 node.meta[FLOAT_REASON] = kept[node]
-            elif pattern.weight is not None and not _has_weight(node, pattern):
-                node.meta[FLOAT_REASON] = "its weight is computed from an input"
+            elif (reason := unquantizable(model, node, pattern)) is not None:
+                node.meta[FLOAT_REASON] = reason
             else:
-                annotate_node(node, pattern, qconfig)
-                count += 1
-        if not count:
+                chosen.append((node, pattern, qconfig))
+        if not chosen:
             raise nothing_to_quantize(model)
+        readers = _Readers()
+        for node, pattern, qconfig in chosen:
+            for source in _sources(node, pattern):
+                readers.of(source, qconfig).add(pattern.kind)
+        for node, pattern, qconfig in chosen:
+            annotate_node(node, pattern, qconfig, readers)
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check beyond what `annotate` guarantees (torchao calls this)."""
-
-
-def _has_weight(node: Node, pattern: Pattern) -> bool:
-    weight = operand(node, pattern.weight) if pattern.weight is not None else None
-    return weight is not None and is_constant(weight)
 
 
 def nothing_to_quantize(model: GraphModule) -> UnsupportedGraph:

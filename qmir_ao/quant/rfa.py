@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qmir_ao.ops._affine import check_finite
 from qmir_ao.ops.rfa_fake_quant import rfa_fake_quant
-from qmir_ao.quant._bases import QmirFakeQuantize, parameter
+from qmir_ao.quant._bases import parameter
 from qmir_ao.quant._graph import constants, pass_through, put_in_place
+from qmir_ao.quant._weight_base import SteppedWeightFakeQuantize
 from qmir_ao.quant.constants import constant_value
 from qmir_ao.quant.init import RFA_INITS, lsq_step, weight_steps
 from qmir_ao.quant.patterns import is_constant
-from qmir_ao.quant.spec import check_bits, choose, code_range
+from qmir_ao.quant.spec import choose
 
 PRESETS: dict[str | None, dict[str, str]] = {
     None: {"granularity": "per_channel", "init": "mse"},
@@ -31,7 +31,7 @@ STEP_FLOOR = 1e-6
 _GAP_TOLERANCE = 1e-4
 
 
-class RFAFakeQuantize(QmirFakeQuantize):
+class RFAFakeQuantize(SteppedWeightFakeQuantize):
     """Weight fake-quantizer with learned step, shift and rounding thresholds.
 
     Args:
@@ -49,9 +49,6 @@ class RFAFakeQuantize(QmirFakeQuantize):
     Source: arXiv 2503.21970, section 3.4 and algorithm 1.
     """
 
-    ch_axis = 0
-    quantizes_weights = True
-
     def __init__(
         self,
         bits: int = 4,
@@ -61,49 +58,21 @@ class RFAFakeQuantize(QmirFakeQuantize):
         init: str | None = None,
         factory_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(check_bits(bits), *code_range(bits))
         settings = PRESETS[choose("preset", preset, PRESETS)]
-        allowed = ("per_channel", "per_tensor")
-        self.preset, self.guard = preset, preset != "official"
-        self.granularity = choose("granularity", granularity or settings["granularity"], allowed)
-        self.init = choose("init", init or settings["init"], RFA_INITS)
-        per_channel = self.granularity == "per_channel"
-        self.qscheme = torch.per_channel_affine if per_channel else torch.per_tensor_affine
-        self.step = parameter(torch.ones(1), factory_kwargs)
+        chosen = choose("init", init or settings["init"], RFA_INITS)
+        grain = granularity or settings["granularity"]
+        super().__init__(bits, preset, grain, chosen, factory_kwargs)
+        self.guard = preset != "official"
         self.shift = parameter(torch.zeros(1), factory_kwargs)
         levels = torch.arange(self.quant_min, self.quant_max + 1)
         self.thresholds = parameter(levels, factory_kwargs)
         self.to(self.step.device)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def materialize(self, weight: Tensor, channels: int | None = None) -> None:
-        """Size and initialise the parameters for a weight.
-
-        The parameter objects stay the same, so an optimizer made before this call still has them.
-
-        Args:
-            weight: the weight to quantize.
-            channels: number of output channels; dim 0 of the weight by default.
-
-        Raises:
-            NonFiniteError: the weight holds NaN or infinity.
-        """
-        weight = weight.detach().to(self.step.device)
-        check_finite("rfa_fake_quant", "the weight", weight)
-        groups = 1
-        if self.granularity == "per_channel" and weight.dim() > 0:
-            groups = weight.shape[0] if channels is None else channels
-        rows = weight.reshape(groups, -1)
-        if weight.numel() == 0:
-            step = torch.ones(groups)
-        elif self.init == "mse":
-            step = weight_steps(rows, self.quant_min, self.quant_max)
-        else:
-            step = lsq_step(rows, self.quant_max).expand(groups)
-        self.step.data = step.to(self.step).clone()
-        self.shift.data = torch.zeros_like(self.step.data[:1])
-        self.mark_initialized()
+    def _start(self, rows: Tensor) -> Tensor:
+        self.shift.data = torch.zeros_like(self.shift.data[:1])
+        if self.init == "mse":
+            return weight_steps(rows, self.quant_min, self.quant_max)
+        return lsq_step(rows, self.quant_max).expand(len(rows))
 
     def may_resize(self, name: str, saved: Tensor) -> bool:
         """Step takes the number of channels that a checkpoint brings.
@@ -168,10 +137,3 @@ class RFAFakeQuantize(QmirFakeQuantize):
             )
         new.meta["qmir_source"], new.meta["qmir_bits"] = node.name, self.bits
         return put_in_place(model, node, new)
-
-    def extra_repr(self) -> str:
-        """Settings, for printing a model."""
-        return (
-            f"bits={self.bits}, preset={self.preset!r}, granularity={self.granularity!r}, "
-            f"init={self.init!r}"
-        )

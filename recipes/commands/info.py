@@ -34,6 +34,10 @@ def info(
     side: Annotated[
         int, typer.Option(help="Height and width of the input that operations are counted on.")
     ] = 320,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Of a lowered model: what each pass changed, and why."),
+    ] = False,
     table4: Annotated[
         bool, typer.Option("--table4", help="Count the networks behind the paper's table 4.")
     ] = False,
@@ -58,7 +62,9 @@ def info(
         else:
             loaded = load_model(model, arch)
             network, facts = loaded.model, {"model": loaded.name, "source": loaded.source}
-    if isinstance(network, LoweredModule):
+    if explain:
+        _show_explanation(network, facts, as_json)
+    elif isinstance(network, LoweredModule):
         _show_lowered(network, facts, as_json)
     else:
         _show_float(network, facts, bits or list(BITS), side, as_json)
@@ -109,9 +115,13 @@ def _name(key: str, counts: "Complexity") -> str:
 
 def _show_table4(side: int, as_json: bool) -> None:
     with status("counting"):
+        import torch
+
         from qmir_ao.recipes.complexity import LABELS, TABLE_4, complexity
 
-        found = [(described, complexity(described.build(), side)) for described in TABLE_4]
+        with torch.device("meta"):  # counting needs no values
+            networks = [described.build() for described in TABLE_4]
+        found = [(d, complexity(net, side)) for d, net in zip(TABLE_4, networks, strict=True)]
     if as_json:
         rows = [
             {"row": d.row, "published": list(d.published), **dataclasses.asdict(c)}
@@ -140,6 +150,23 @@ def _show_table4(side: int, as_json: bool) -> None:
         "networks other than the trained ones (qmir info mambair-light-x2, mambair-x2).",
         markup=False,
     )
+
+
+def _show_explanation(model: "nn.Module", facts: dict[str, Any], as_json: bool) -> None:
+    from qmir_ao.backend.explanation import explain_lowered
+    from qmir_ao.backend.lowered import LoweredModule
+
+    if not isinstance(model, LoweredModule):
+        raise ConfigError(
+            f"info --explain is for a lowered model (a folder that `qmir quantize` wrote), got "
+            f"{facts['model']!r}, a float network"
+        )
+    explanation = explain_lowered(model)
+    if as_json:
+        emit_json(facts | explanation.to_dict())
+        return
+    emit_facts(facts)
+    OUT.print(str(explanation), markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_lowered(model: "LoweredModule", facts: dict[str, Any], as_json: bool) -> None:

@@ -40,7 +40,8 @@ def reproduce(
         list[str] | None,
         typer.Option(
             metavar="RECIPE=FILE",
-            help="full: float weights of a recipe, such as light-sr-x2 or denoise@15; repeatable.",
+            help="full: float weights of a recipe, such as light-sr-x2, denoise@15 or "
+            "light-sr-x4/swinir-light-x4; repeatable. RECIPE=none leaves its rows out.",
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the runs.")] = "0,1,2",
@@ -62,13 +63,13 @@ def reproduce(
             show_default="by experiment",
         ),
     ] = None,
+    skip_bad_images: options.SkipBadImages = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Run a table or figure of the paper and put its numbers beside; a second call goes on."""
     with status("loading torch"):
         from qmir_ao.recipes.experiments.benches import Request, TestSet
         from qmir_ao.recipes.experiments.registry import COMPARISON, get_experiment
-        from qmir_ao.recipes.experiments.reproduce import reproduce as run
 
         get_experiment(experiment)
         request = Request(
@@ -81,10 +82,16 @@ def reproduce(
             _seeds(seeds),
             iterations,
             float_iterations,
+            skip_bad_images,
         )
-    if experiment == COMPARISON.key:
-        _compare(request, workers, as_json)
-        return
+    run = _compare if experiment == COMPARISON.key else _reproduce
+    run(request, workers, as_json)
+
+
+def _reproduce(request: Any, workers: int, as_json: bool) -> None:
+    """A table or figure of the paper."""
+    from qmir_ao.recipes.experiments.reproduce import reproduce as run
+
     document = run(request, workers, progress)
     if as_json:
         emit_json(document)
@@ -113,13 +120,13 @@ def _compare(request: Any, workers: int, as_json: bool) -> None:
     OUT.print(f"Page: {page}")
 
 
-def _weights(given: list[str]) -> dict[str, Path]:
-    found = {}
+def _weights(given: list[str]) -> dict[str, Path | None]:
+    found: dict[str, Path | None] = {}
     for text in given:
         name, sign, path = text.partition("=")
         if not (name and sign and path):
             raise ConfigError(f"--weights {text}: must be RECIPE=FILE, such as light-sr-x2=W.pth")
-        found[name] = Path(path)
+        found[name] = None if path == "none" else Path(path)
     return found
 
 
@@ -141,7 +148,7 @@ def _table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     paper = place if cells[place]["paper"] is not None else scores[0]
     header = ["method", "bits", f"paper {label(cells[paper])}"]
     rows = []
-    for row in document["rows"]:
+    for row in [*document["inputs"], *document["rows"]]:
         if not row["ran"]:
             continue
         printed, own = row["cells"][paper], row["cells"][place]

@@ -12,6 +12,7 @@ from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.checkpoint import digest_weights
 from qmir_ao.recipes.experiments.published import FLOAT, load_table
 from qmir_ao.recipes.experiments.registry import (
+    NETWORK,
     SCALES,
     Budget,
     Experiment,
@@ -90,10 +91,12 @@ class Request:
         scale: "tiny" or "full".
         train: folders with training images.
         sets: test sets.
-        weights: float weights by recipe (`light-sr-x2`, `denoise@15`), for scale `full`.
+        weights: float weights by bench (`light-sr-x2`, `denoise@15`), for scale `full`; None
+            leaves the rows of that bench out.
         seeds: of the runs.
         iterations: steps of the quantized training instead of the experiment's.
         float_iterations: steps of the float training of scale `tiny` instead of the experiment's.
+        skip_bad_images: leave out training images that cannot be read.
     """
 
     experiment: str
@@ -101,10 +104,11 @@ class Request:
     scale: str = "tiny"
     train: tuple[Path, ...] = ()
     sets: tuple[TestSet, ...] = ()
-    weights: dict[str, Path] = field(default_factory=dict)
+    weights: dict[str, Path | None] = field(default_factory=dict)
     seeds: tuple[int, ...] = SEEDS
     iterations: int | None = None
     float_iterations: int | None = None
+    skip_bad_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,15 +135,27 @@ def plan(request: Request) -> list[Line]:
         raise ConfigError(f"--seeds must be whole numbers from 0, got {request.seeds}")
     planned = lines(experiment)
     if request.scale == "full":
+        planned = [_full_line(line, request) for line in planned]
         _check_full(request, experiment, planned)
         return planned
     return [_tiny(line) for line in planned]
 
 
 def _tiny(line: Line) -> Line:
-    if line.missing or line.row.scale in (None, TINY_SCALE):
+    if line.missing:
         return line
-    return without(line, f"not run: the tiny network enlarges {TINY_SCALE} times")
+    if line.row.scale not in (None, TINY_SCALE):
+        return without(line, f"not run: the tiny network enlarges {TINY_SCALE} times")
+    if any(NETWORK in part.bench for part in line.parts.values()):
+        return without(line, f"not run: scale tiny has no small {line.row.network}")
+    return line
+
+
+def _full_line(line: Line, request: Request) -> Line:
+    left_out = {name for name, path in request.weights.items() if path is None}
+    if left_out & {part.bench for part in line.parts.values()}:
+        return without(line, "not run: its float weights were left out")
+    return line
 
 
 def bench_names(planned: list[Line]) -> list[str]:
@@ -148,9 +164,12 @@ def bench_names(planned: list[Line]) -> list[str]:
 
 
 def bench_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Recipe of a bench: `light-sr-x2`, or `denoise@15` with a noise level."""
+    """Recipe of a bench: `x`, `x@15` with a noise level, or `x/y` with network y."""
     recipe, _, sigma = name.partition("@")
+    recipe, _, network = recipe.partition(NETWORK)
     given = dict(overrides or {})
+    if network:
+        given["model.name"] = network
     if sigma:
         given["task.sigma"] = float(sigma)
     return load_recipe(recipe, given)
@@ -232,7 +251,7 @@ def open_bench(name: str, request: Request, progress: Progress | None = None) ->
 
 def _full(name: str, request: Request, experiment: Experiment) -> tuple[str, Bench, Budget]:
     overrides = dict(experiment.overrides)
-    if name in request.weights:
+    if request.weights.get(name) is not None:
         overrides["model.weights"] = str(request.weights[name])
     recipe = bench_recipe(name, overrides)
     train = recipe.train
@@ -244,7 +263,8 @@ def _full(name: str, request: Request, experiment: Experiment) -> tuple[str, Ben
     )
     sets = {test.name: test.pair(recipe.task) for test in request.sets if test.folder is not None}
     model = initial_model(recipe).eval()
-    bench = _bench(model, list(request.train), sets, recipe.task, train.clip, TILE)
+    skip = request.skip_bad_images
+    bench = _bench(model, list(request.train), sets, recipe.task, train.clip, TILE, skip)
     return recipe.model.name, bench, budget
 
 
@@ -268,10 +288,10 @@ def _tiny_bench(
     if task.scale > 1:
         network, model = TINY, create_model(TINY, pretrained=True).eval()
     else:
-        network = "mambair-reduced"
-        cache = request.output / "networks"
-        model = reduced_network(task, train, budget, cache, progress)
-    return network, _bench(model, train, {t.name: t.pair(task) for t in test}, task), budget
+        cache, skip = request.output / "networks", request.skip_bad_images
+        network, model = reduced_network(task, train, budget, cache, progress, skip)
+    sets = {t.name: t.pair(task) for t in test}
+    return network, _bench(model, train, sets, task, skip=request.skip_bad_images), budget
 
 
 def _bench(
@@ -281,8 +301,11 @@ def _bench(
     task: Task,
     clip: float = 1.0,
     tile: int | None = None,
+    skip: bool = False,
 ) -> Bench:
     # A wrong folder must not show after an hour of training.
     for folder, low in sets.values():
         task.sources(folder, low)
-    return Bench(model, train, sets, task.scale, task=task, clip=clip, tile=tile)
+    return Bench(
+        model, train, sets, task.scale, task=task, clip=clip, tile=tile, skip_bad_images=skip
+    )

@@ -127,7 +127,8 @@ def compare_methods(request: Request, workers: int, progress: Progress) -> Path:
             work_together(jobs, benches, workers, again, report)
     with progress("time of a training step") as report:
         measure_steps(opened, report)
-    return write_results(opened, request.output, _length(request))
+    with progress("page and plots"):
+        return write_results(opened, request.output, _length(request))
 
 
 def write_results(opened: OpenBench, output: Path, iterations: int) -> Path:

@@ -227,7 +227,10 @@ def table(
 def ablation_table(
     records: Sequence[dict[str, Any]], width: int
 ) -> dict[str, list[tuple[str, dict[str, Cell]]]]:
-    """Title to rows of (label, set to scores); a row without a run is left out."""
+    """Title to rows of (label, set to scores); a row without a run is left out.
+
+    Scores are of the integer network; where there is none the label says that they are simulated.
+    """
     rate = best_rates(records, width).get("dls+rfa")
     result = {}
     for title, variants in ABLATIONS.items():
@@ -242,13 +245,10 @@ def ablation_table(
                 and r["learning_rate"] == rate
             ]
             if hits:
-                names = hits[0]["sets"]
-                lines.append(
-                    (
-                        label,
-                        {n: Cell(tuple(r["sets"][n]["psnr_integer"] for r in hits)) for n in names},
-                    )
-                )
+                whole = not any("not_lowered" in r for r in hits)
+                score = "psnr_integer" if whole else "psnr"
+                cells = {n: Cell(tuple(r["sets"][n][score] for r in hits)) for n in hits[0]["sets"]}
+                lines.append((label if whole else f"{label} (simulated: no integer form)", cells))
         if lines:
             result[title] = lines
     return result

@@ -112,7 +112,7 @@ def _do(job: Job, opened: OpenBench, dataset: PatchDataset | None, tell: Progres
                 result = evaluate(
                     bench.model, folder, task=bench.restoration, low_folder=low, tile=bench.tile
                 )
-            scores[name] = {"psnr": result.mean("psnr"), "ssim": result.mean("ssim")}
+            scores[name] = result.to_dict()["mean"]
         record: dict[str, Any] = {"method": FLOAT, "sets": scores}
     else:
         assert dataset is not None

@@ -54,11 +54,12 @@ def reproduce(request: Request, workers: int = 1, progress: Progress = _silent) 
     if jobs:
         with progress(f"{request.experiment}: {len(jobs)} runs") as report:
             work_together(jobs, benches, workers, partial(reopen_benches, request), report)
-    document = collect(planned, benches, request)
-    plots = _finish(document, planned, benches, request)
-    _write(output / f"{request.experiment}.json", _json(document))
-    page = render(document, [plot.relative_to(output) for plot in plots])
-    _write(output / f"{request.experiment}.md", page)
+    with progress(f"{request.experiment}: table and plots"):
+        document = collect(planned, benches, request)
+        plots = _finish(document, planned, benches, request)
+        _write(output / f"{request.experiment}.json", _json(document))
+        page = render(document, [plot.relative_to(output) for plot in plots])
+        _write(output / f"{request.experiment}.md", page)
     return document
 
 

@@ -24,12 +24,14 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
 
     Returns:
         What `<experiment>.json` holds: `rows` (one for each line of the table, with its `cells`),
-        `records` (every run in full), `benches`, and the settings.
+        `inputs` (rows of what the float networks are given, untouched or enlarged), `records`
+        (every run in full), `benches`, and the settings.
     """
     experiment = get_experiment(request.experiment)
     table = load_table(experiment.table)
     columns = [*table.columns, *_own_columns(table, benches)]
     rows: list[dict[str, Any]] = []
+    inputs: dict[tuple[str, int | None], dict[str, Any]] = {}
     records: dict[str, dict[str, Any]] = {}
     for line in planned:
         found = {
@@ -43,6 +45,11 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
         by_sigma = {sigma: [record for _, record in named] for sigma, named in found.items()}
         records.update(named for pairs in found.values() for named in pairs)
         rows.append(_row(line, table, columns, by_sigma, request))
+        if line.parts and all(part.method == FLOAT for part in line.parts.values()):
+            name = benches[next(iter(line.parts.values())).bench].bench.restoration.baseline_name
+            inputs.setdefault(
+                (line.row.network, line.row.scale), _input(rows[-1], name, columns, by_sigma)
+            )
     return {
         "experiment": experiment.key,
         "title": experiment.title,
@@ -57,6 +64,7 @@ def collect(planned: Sequence[Line], benches: dict[str, OpenBench], request: Req
             name: {**opened.facts, **_budget(opened, request)} for name, opened in benches.items()
         },
         "rows": rows,
+        "inputs": list(inputs.values()),
         "records": [{"name": name, **record} for name, record in records.items()],
     }
 
@@ -126,14 +134,20 @@ def _status(line: Line, records: dict[int | None, list[dict[str, Any]]], request
     text = "float" if is_float else f"{seeds} seed{'s' * (seeds > 1)}"
     if len(found) < wanted:
         text = f"{len(found)} of {wanted} runs, the others run in another process"
-    return f"{text}, {diverged} diverged" if diverged else text
+    left = sum("not_lowered" in record for record in found)
+    text = f"{text}, {diverged} diverged" if diverged else text
+    return f"{text}, {left} without an integer form" if left else text
 
 
 def _cell(
     row: Row, table: Table, column: Column, records: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     place = table.columns.index(column) if column in table.columns else None
-    scores = [s for record in records if (s := _scores(record, column)) is not None]
+    scores = [
+        s
+        for record in records
+        if "not_lowered" not in record and (s := _scores(record, column)) is not None
+    ]
     integer = [s.get(f"{column.metric}_integer", s.get(column.metric)) for s in scores]
     simulated = [s[column.metric] for s in scores if f"{column.metric}_integer" in s]
     return {
@@ -150,14 +164,30 @@ def _cell(
     }
 
 
+def _input(
+    of: dict[str, Any],
+    name: str,
+    columns: Sequence[Column],
+    records: dict[int | None, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """What the float network of a row was given, as a row of its own."""
+    cells = []
+    for column, cell in zip(columns, of["cells"], strict=True):
+        found = [_scores(record, column) or {} for record in records.get(column.sigma, [])]
+        values = [s[key] for s in found if (key := f"baseline_{column.metric}") in s]
+        blank: dict[str, Any] = {"paper": None, "paper_std": None, "doubts": []}
+        cells.append({**cell, **blank, **summary("", values), **summary("simulated_", [])})
+    return {**of, "method": name, "bits": "", "status": "as given", "cells": cells}
+
+
 def _scores(record: dict[str, Any], column: Column) -> dict[str, float] | None:
     """Scores of one record on the set of a column, whatever the case of its name."""
     if column.metric not in MEASURED or column.set is None:
         return None
     for name, scores in record.get("sets", {}).items():
         if name.casefold() == column.set.casefold():
-            found: dict[str, float] = scores
-            return found
+            # None: the infinite PSNR of an input that equals its ground truth.
+            return {key: value for key, value in scores.items() if value is not None}
     return None
 
 

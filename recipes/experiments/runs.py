@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import qmir_ao
+from qmir_ao.backend.lowered import LoweredModule
+from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.evaluate import evaluate
 from qmir_ao.recipes.experiments.methods import get_method
@@ -72,6 +75,7 @@ class Bench:
         task: restoration task, if it is not super-resolution.
         clip: largest gradient norm; 0 for no clipping.
         tile: section length for large test images, or None to run them whole.
+        skip_bad_images: leave out training images that cannot be read.
     """
 
     model: nn.Module
@@ -81,6 +85,7 @@ class Bench:
     task: Task | None = None
     clip: float = 1.0
     tile: int | None = None
+    skip_bad_images: bool = False
 
     @property
     def restoration(self) -> Task:
@@ -93,7 +98,13 @@ def open_dataset(
 ) -> PatchDataset:
     """The training images, read once for many runs."""
     return PatchDataset(
-        bench.folders, task=bench.restoration, patch=patch, length=1, seed=0, progress=progress
+        bench.folders,
+        task=bench.restoration,
+        patch=patch,
+        length=1,
+        seed=0,
+        skip_bad_images=bench.skip_bad_images,
+        progress=progress,
     )
 
 
@@ -117,7 +128,9 @@ def execute(
     Returns:
         A record with the settings, the loss, the seconds of a step, the bytes, what the
         quantizers do to training patches (`quantizer_statistics`), and for each test set the PSNR
-        of the fake-quantized and PSNR and SSIM of the integer network.
+        of the fake-quantized and PSNR and SSIM of the integer network. Where nothing of a network
+        lies on an integer grid it has no integer form: `not_lowered` says why, and bytes and
+        integer scores are missing.
     """
     options = qat_options(
         run.iterations,
@@ -136,35 +149,41 @@ def execute(
         bench.model, dataset, options, qconfig, placement=placement, progress=progress
     )
     seconds = time.perf_counter() - begin
-    lowered = qmir_ao.convert_and_lower(result.prepared, target="cpu")
-    if keep is not None:
-        qmir_ao.save(lowered, keep)
+    lowered, form = _lower(result.prepared, keep)
     patches = torch.stack([dataset[i][0] for i in range(run.batch)])
     tail = result.losses[-max(1, run.iterations // 10) :]
     return {
         **asdict(run),
         "seconds_per_step": round(seconds / run.iterations, 4),
         "loss": sum(tail) / len(tail),
-        "weight_bytes": lowered.report.weight_bytes,
-        "scale_bytes": lowered.report.scale_bytes,
-        "float_bytes": lowered.report.float_bytes,
+        **form,
         "quantizers": quantizer_statistics(result.prepared, patches),
         "sets": _scores(bench, result.prepared, lowered),
     }
 
 
-def _scores(bench: Bench, prepared: nn.Module, lowered: nn.Module) -> dict[str, Any]:
+def _lower(prepared: GraphModule, keep: Path | None) -> tuple[LoweredModule | None, dict[str, Any]]:
+    """The integer network, saved where it is to be kept, and what a record says of it."""
+    try:
+        lowered = qmir_ao.convert_and_lower(prepared, target="cpu")
+    except UnsupportedGraph as error:
+        return None, {"not_lowered": str(error)}
+    if keep is not None:
+        qmir_ao.save(lowered, keep)
+    sizes = ("weight_bytes", "scale_bytes", "float_bytes")
+    return lowered, {key: getattr(lowered.report, key) for key in sizes}
+
+
+def _scores(bench: Bench, prepared: nn.Module, lowered: nn.Module | None) -> dict[str, Any]:
     scores, task = {}, bench.restoration
     for name, (folder, low) in bench.sets.items():
-        with torch.inference_mode():
-            fake = evaluate(prepared, folder, task=task, low_folder=low, tile=bench.tile)
-            integer = evaluate(lowered, folder, task=task, low_folder=low, tile=bench.tile)
-        scores[name] = {
-            "psnr": fake.mean("psnr"),
-            "ssim": fake.mean("ssim"),
-            "psnr_integer": integer.mean("psnr"),
-            "ssim_integer": integer.mean("ssim"),
-        }
+        found: dict[str, float] = {}
+        for suffix, model in (("", prepared), ("_integer", lowered)):
+            if model is not None:
+                with torch.inference_mode():
+                    result = evaluate(model, folder, task=task, low_folder=low, tile=bench.tile)
+                found |= {f"{key}{suffix}": result.mean(key) for key in ("psnr", "ssim")}
+        scores[name] = found
     return scores
 
 

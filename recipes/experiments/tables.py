@@ -82,7 +82,7 @@ def render(document: Document, plots: Sequence[Path] = ()) -> str:
         text += [f"![{document['title']}]({plot})", ""]
     for finding in document.get("findings", []):
         text += [f"## {finding['title']}", "", *table(finding["header"], finding["rows"]), ""]
-    for name, rows in _groups(document["rows"]).items():
+    for name, rows in _groups([*document["inputs"], *document["rows"]]).items():
         text += _group(name, rows, notes)
     text += notes.render()
     return "\n".join(text).rstrip() + "\n"

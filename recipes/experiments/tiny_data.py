@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.experiments.registry import Budget
 from qmir_ao.recipes.images import Pixels, read_image, write_image
 from qmir_ao.recipes.models.mambair import MambaIR
+from qmir_ao.recipes.models.mambair_unet import MambaIRUNet
 from qmir_ao.recipes.samples import HELD_OUT, TRAIN_IMAGES, package_images
 from qmir_ao.recipes.tasks import RealDenoising, Task
 from qmir_ao.recipes.train import TrainOptions, fit
@@ -85,17 +87,19 @@ def _write(path: Path, pixels: Pixels) -> None:
         write_image(path, pixels)
 
 
-def reduced_model(channels: int) -> nn.Module:
-    """A small MambaIR of the zoo's class that does not enlarge, with fresh weights."""
+def reduced_model(task: Task) -> tuple[str, nn.Module]:
+    """Name and fresh weights of a small network of the class that the paper has for a task.
+
+    Args:
+        task: one that does not enlarge.
+    """
     torch.manual_seed(0)
-    return MambaIR(
-        embed_dim=32,
-        depths=(2,),
-        d_state=8,
-        expand=1.0,
-        in_channels=channels,
-        drop_path_rate=0.0,
-    )
+    if isinstance(task, RealDenoising):
+        unet = MambaIRUNet(dim=32, depths=(1, 1, 1, 1), refinement=1, d_state=4, expand=1.0)
+        return "mambair-unet-reduced", unet
+    settings: dict[str, Any] = {"embed_dim": 32, "depths": (2,), "d_state": 8, "expand": 1.0}
+    model = MambaIR(**settings, in_channels=task.channels, drop_path_rate=0.0)
+    return "mambair-reduced", model
 
 
 def reduced_network(
@@ -104,7 +108,8 @@ def reduced_network(
     budget: Budget,
     cache: Path,
     progress: Progress | None = None,
-) -> nn.Module:
+    skip_bad_images: bool = False,
+) -> tuple[str, nn.Module]:
     """`reduced_model` trained for a task, always with one seed; an older result is taken again.
 
     Args:
@@ -113,6 +118,10 @@ def reduced_network(
         budget: length of the training.
         cache: folder for the weights.
         progress: called with (done, total) after each step.
+        skip_bad_images: leave out images that cannot be read.
+
+    Returns:
+        Name and network.
     """
     options = TrainOptions(
         iterations=budget.float_iterations,
@@ -122,15 +131,21 @@ def reduced_network(
         loss=task.loss,
         save_every=0,
     )
+    network, model = reduced_model(task)
     facts = {"task": task.title, "images": listing(folders), "options": options.to_dict()}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    path = cache / f"{task.name}-{name}.safetensors"
-    model = reduced_model(task.channels)
+    path = cache / f"{network}-{task.name}-{name}.safetensors"
     if path.is_file():
         load_checkpoint(model, path)
-        return model.eval()
-    length = options.batch * options.iterations
-    data = PatchDataset(folders, task=task, patch=options.patch, length=length, seed=options.seed)
+        return network, model.eval()
+    data = PatchDataset(
+        folders,
+        task=task,
+        patch=options.patch,
+        length=options.batch * options.iterations,
+        seed=options.seed,
+        skip_bad_images=skip_bad_images,
+    )
 
     def tell(done: int, total: int, loss: float) -> None:
         if progress is not None:
@@ -139,7 +154,7 @@ def reduced_network(
     result = fit(model, data, options, progress=tell)
     cache.mkdir(parents=True, exist_ok=True)
     save_weights(model, path, {"task": task.title, "loss": result.loss})
-    return model.eval()
+    return network, model.eval()
 
 
 def default_data(task: Task, folder: Path) -> tuple[Path, Path]:

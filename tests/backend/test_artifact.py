@@ -386,7 +386,7 @@ def test_modules_left_in_the_graph_are_refused(tmp_path: Path) -> None:
     class WithModule(ConvNet):
         def __init__(self) -> None:
             super().__init__()
-            self.drop = nn.Softshrink()
+            self.drop = nn.Softmax2d()
 
     qconfig = qmir_ao.qmir_qconfig
     traced = qmir_ao.prepare_qat(WithModule(), qconfig, example("trace"))

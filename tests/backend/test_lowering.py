@@ -1,6 +1,7 @@
 """From prepared to integers: operator by operator, end to end, and what is in memory."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
 
 import qmir_ao
+from qmir_ao.backend.cpu import registration
 from qmir_ao.errors import ConfigError, UnsupportedGraph
 from qmir_ao.recipes.models import create_model
 
@@ -31,20 +33,44 @@ FLOAT_OPERATORS = {
 }
 
 
+sizes = pytest.mark.parametrize("size", [(1, 3, 19, 23), (3, 3, 11, 14)], ids=str)
+
+
 @pairs
-def test_operators_agree_on_equal_inputs(capture: str, bits: int) -> None:
+@sizes
+def test_operators_agree_on_equal_inputs(capture: str, bits: int, size: tuple[int, ...]) -> None:
     prepared, lowered = tiny_pair(capture, bits)
-    check_operators(prepared, lowered, torch.rand(2, 3, 19, 23))
+    check_operators(prepared, lowered, torch.rand(size))
+
+
+@sizes
+@pytest.mark.parametrize(
+    ("capture", "widths"), [("export", (4, 8)), ("trace", (8, 2)), ("trace", (2, 4))]
+)
+def test_weights_and_activations_of_other_bits_agree(
+    capture: str, widths: tuple[int, int], size: tuple[int, ...]
+) -> None:
+    prepared, lowered = tiny_pair(capture, widths)
+    found = {(r.weight_bits, r.act_bits) for r in lowered.report.operators}
+    assert found == {widths, (None, widths[1])}
+    x = torch.rand(size)
+    check_operators(prepared, lowered, x)
+    with torch.no_grad():
+        assert psnr(lowered(x), prepared(x)) >= END_TO_END_PSNR[min(widths)]
 
 
 @pytest.mark.slow
-def test_operators_of_the_light_network_agree() -> None:
-    prepared, lowered = tiny_pair("trace", 4, "mambair-light-x2")
-    check_operators(prepared, lowered, torch.rand(1, 3, 8, 8))
+@pytest.mark.parametrize("bits", [4, 2])
+def test_the_light_network_agrees(bits: int) -> None:
+    prepared, lowered = tiny_pair("trace", bits, "mambair-light-x2")
+    x = torch.rand(1, 3, 9, 7)
+    check_operators(prepared, lowered, x)
+    with torch.no_grad():
+        assert psnr(lowered(x), prepared(x)) >= END_TO_END_PSNR[bits]
 
 
 @pairs
-@pytest.mark.parametrize("size", [(1, 3, 19, 23), (3, 3, 11, 14)])
+@sizes
 def test_images_agree_end_to_end(capture: str, bits: int, size: tuple[int, ...]) -> None:
     prepared, lowered = tiny_pair(capture, bits)
     x = torch.rand(size)
@@ -74,6 +100,22 @@ def test_runs_and_threads_change_no_byte(capture: str, bits: int) -> None:
     assert same_bytes(first, lowered(x))
     for count in (1, 2, 3):
         assert same_bytes(first, with_threads(count, lambda: lowered(x))), count
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_reference_operators_give_the_bytes_of_the_kernels(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered = tiny_pair("export", bits)[1]
+    qmir_ao.save(lowered, tmp_path / "net")
+    loaded, x = qmir_ao.load(tmp_path / "net"), torch.rand(2, 3, 9, 11)
+    want = lowered(x)
+    asked: list[None] = []
+    monkeypatch.setattr(registration, "library", lambda: asked.append(None))
+    for network in (lowered, loaded):
+        assert same_bytes(network(x), want)
+    # Every quantized operand and every operator of two images, twice.
+    assert len(asked) > 4 * len(lowered.report.operators)
 
 
 @pytest.mark.parametrize("capture", CAPTURES)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import qmir_ao
 from qmir_ao.capture.blame import blame
-from qmir_ao.errors import CaptureError
+from qmir_ao.errors import CaptureError, UnsupportedGraph
 
 
 class Branch(nn.Module):
@@ -71,6 +71,23 @@ def test_a_model_on_two_devices_is_refused(capture: str) -> None:
     given = (torch.rand(2, 5),) if capture == "export" else None
     with pytest.raises(CaptureError, match=r"mixes devices \('body.0.weight' on cpu, 'body.1.wei"):
         qmir_ao.prepare_qat(net, qmir_ao.qmir_qconfig, given)
+
+
+def test_a_scan_of_a_symbolic_trace_names_node_and_module_when_it_runs() -> None:
+    prepared = qmir_ao.prepare_qat(Outer(WrongScan()), qmir_ao.qmir_qconfig)
+    node = next(n.name for n in prepared.graph.nodes if "selective_scan" in n.name)
+    with pytest.raises(UnsupportedGraph) as caught:
+        prepared(torch.rand(2, 4, 5))
+    message = str(caught.value)
+    assert "qmir::selective_scan: delta must be" in message
+    assert f"at node {node} in module 'body.1'" in message
+    with pytest.raises(RuntimeError, match=r"^The size of tensor a"):  # torch's own, as it is
+        prepared(torch.rand(2, 4, 6))
+
+
+def test_a_constant_on_another_device_names_node_and_module_of_a_trace() -> None:
+    with pytest.raises(CaptureError, match=r"node add in module 'body.1' mixes devices.*on meta"):
+        qmir_ao.prepare_qat(Outer(MixesConstant()), qmir_ao.qmir_qconfig)
 
 
 def test_a_constant_on_another_device_names_the_line() -> None:

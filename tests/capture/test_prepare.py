@@ -267,3 +267,28 @@ def test_torchao_converts_without_changing_a_bit(
     targets = {str(n.target) for n in converted.graph.nodes}
     assert "qmir.dls_quantize.default" in targets
     assert not quantizers(converted)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [(ConvNet, (2, 3, 9, 10)), (ScanNet, (2, 4, 7))], ids=["conv", "scan"]
+)
+def test_torchao_gives_the_network_of_prepare_qat(
+    model: type[nn.Module], size: tuple[int, ...]
+) -> None:
+    """Tokens, channel shifts and all: the quantizer alone tells its modules what reads them."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    net, x = model(), torch.rand(size)
+    net.drop = nn.Identity()
+    ours = qmir_ao.prepare_qat(net, qmir_ao.qmir_qconfig, (x,))
+    exported = torch.export.export(net, (x,)).module()
+    theirs = prepare_qat_pt2e(exported, qmir_ao.QmirQuantizer())
+
+    def seen(prepared: nn.Module) -> list[tuple[bool, int | None]]:
+        dls = (m for m in prepared.modules() if isinstance(m, qmir_ao.DLSFakeQuantize))
+        return [(m.tokens, m.channel_dim) for m in dls]
+
+    assert seen(theirs) == seen(ours)
+    assert len(set(seen(ours))) > 1
+    for _ in range(2):  # the first batch initialises
+        assert torch.equal(theirs(x), ours(x))

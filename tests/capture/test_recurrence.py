@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import qmir_ao
 from qmir_ao.capture.export import export_graph
-from qmir_ao.capture.fuse_recurrence import fuse_recurrences, fused_by_trace
+from qmir_ao.capture.fuse_recurrence import fuse_recurrences, rewritten_by_trace
 
 QCONFIG = qmir_ao.get_qmir_qconfig(4, 4)
 E, N, L = 4, 3, 4
@@ -133,7 +133,7 @@ class FixedLength(Block):
 
 def test_a_loop_of_fixed_length_in_a_symbolic_trace() -> None:
     net, x = FixedLength(minimal), torch.rand(2, L, E)
-    traced = fused_by_trace(copy.deepcopy(net))
+    traced = rewritten_by_trace(copy.deepcopy(net))
     assert "qmir.selective_scan" in traced.code
     assert torch.allclose(traced(x), net(x), atol=1e-6)
     prepared = qmir_ao.prepare_qat(net, QCONFIG)
@@ -144,7 +144,7 @@ def test_a_loop_of_fixed_length_in_a_symbolic_trace() -> None:
 
 def test_models_without_a_loop_are_passed_on_as_they_are() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    assert fused_by_trace(net) is net
+    assert rewritten_by_trace(net) is net
 
 
 def almost(change: str) -> Callable[..., Tensor]:

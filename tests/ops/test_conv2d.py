@@ -49,7 +49,7 @@ def check_accumulators(
     assert np.array_equal(reference.numpy(), expected)
 
 
-@settings(max_examples=600)
+@settings(max_examples=1000)
 @given(seeds, cases, containers, st.sampled_from([2, 4, 8]), fills, fills)
 def test_accumulators_match_int64(
     seed: int, case: Case, bits: int, x_bits: int, x_fill: str, w_fill: str

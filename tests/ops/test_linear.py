@@ -39,7 +39,7 @@ def operands(
     return (x, *x_grid, pack_fields(weight, bits), *w_grid, bias, bits, features), weight
 
 
-@settings(max_examples=600)
+@settings(max_examples=800)
 @given(seeds, sizes, containers, st.sampled_from([2, 4, 8]), fills, fills)
 def test_accumulators_match_int64(
     seed: int, size: tuple[int, int, int], bits: int, x_bits: int, x_fill: str, w_fill: str

@@ -46,6 +46,15 @@ def dls_scalars(grad: bool = False) -> tuple[Tensor, Tensor]:
     return scale.requires_grad_(grad), shift.requires_grad_(grad)
 
 
+def chain(statistics: str, full: bool) -> Arguments:
+    """A (2, 3, 5) tensor with norm, activation, gate and shift, or with none of them."""
+    norm = (torch.randn(5), torch.randn(5), 1e-5) if full else (None, None, None)
+    gate = ("gelu", torch.randn(2, 3, 5), "silu") if full else ("none", None, "none")
+    offset = torch.randn(5) if full else None
+    settings = (*dls_scalars(), -1, -8, 7, statistics, False)
+    return (torch.randn(2, 3, 5), *norm, *gate, offset, *settings)
+
+
 def rfa(shifts: int, grad: bool = False) -> Arguments:
     """Weight, step, shift, thresholds and smallest code."""
     thresholds = torch.arange(-8.0, 8.0) + 0.1 * torch.rand(16)
@@ -91,6 +100,10 @@ CASES: Cases = {
     "unpack": lambda: [(packed(11), 4, 11)],
     "dls_qparams": lambda: [(torch.randn(2, 3, 5), *dls_scalars(), -8, 7, False, False)],
     "dls_quantize": lambda: [(torch.randn(2, 3, 5), *grid(2), -8, 7)],
+    "chain_quantize": lambda: [
+        chain(statistics, full)
+        for statistics, full in (("token", True), ("sample", False), ("tensor", True))
+    ],
     "dls_dequantize": lambda: [(codes(2, 3, 5), *grid(2))],
     "dls_fake_quant": lambda: [
         (leaf(2, 3, 5), *dls_scalars(True), -8, 7, per_tensor, False, clamp)

@@ -106,6 +106,17 @@ def test_info_of_a_lowered_model(lowered: Path, capsys: pytest.CaptureFixture[st
     assert "integer operators" in capsys.readouterr().out
 
 
+def test_info_explains_a_lowered_model(lowered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(lowered), "--explain"]) == 0
+    assert "  LowerScan: 4 places (" in capsys.readouterr().out
+    assert cli.main(["info", str(lowered), "--explain", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [record["name"] for record in facts["passes"]][-1] == "DedupeConstants"
+    assert len(facts["operators"]) > 42
+    assert cli.main(["info", TINY, "--explain"]) == 2
+    assert "is for a lowered model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("source", ["weights", "lowered"])
 def test_eval(
     source: str,

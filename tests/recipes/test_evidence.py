@@ -110,6 +110,18 @@ def test_rows_and_table():
     assert first.deviation == pytest.approx(0.001, abs=1e-4)
 
 
+def test_an_ablation_without_an_integer_form_says_so():
+    records = _records()
+    for record in records:
+        if record["settings"] == {"clamp_output": True}:
+            record["not_lowered"] = "why"
+            for scores in record["sets"].values():
+                del scores["psnr_integer"], scores["ssim_integer"]
+    lines = dict(evidence.ablation_table(records, 2)["DLS step and output"])
+    assert lines["output clamp (simulated: no integer form)"]["Set5"].mean == pytest.approx(35.51)
+    assert lines["cap"]["Set5"].mean == pytest.approx(35.5)
+
+
 def _page(records: list[dict], folder: Path) -> str:
     entries = evidence.rows(evidence.of_length(records, evidence.ITERATIONS))
     page = write_page(records, entries, folder, iterations=evidence.ITERATIONS, float_psnr=FLOAT)

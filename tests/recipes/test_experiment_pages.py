@@ -44,7 +44,7 @@ def page(request: Request, **bench: Any) -> str:
 def test_made_up_noise_is_called_synthetic(given: dict[str, Any], expected: bool) -> None:
     text = page(Request("table3", FOLDER, **given))
     assert (SYNTHETIC in text) == expected
-    assert "The published network is MambaIR's U-Net" in text
+    assert "The network is MambaIR's U-Net" in text
 
 
 def test_other_tables_make_up_no_noise() -> None:

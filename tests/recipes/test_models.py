@@ -2,16 +2,18 @@
 
 import importlib
 import pkgutil
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.paths import GOLDEN, needs_golden
+from support.paths import DATA, GOLDEN, needs_data, needs_golden
 from support.tolerances import OFFICIAL_GRAD, OFFICIAL_VALUE
 
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.recipes import models
+from qmir_ao.recipes.evaluate import evaluate
 from qmir_ao.recipes.models import create_model, list_models, registry
 from qmir_ao.recipes.models.mambair import MambaIR, VSSBlock
 
@@ -183,6 +185,21 @@ def test_pretrained_tiny_enlarges_better_than_noise() -> None:
         y = model(ramp)
     target = torch.nn.functional.interpolate(ramp, scale_factor=2, mode="bilinear")
     assert (y - target).abs()[..., 4:-4, 4:-4].max() < 0.02
+
+
+@needs_data
+@pytest.mark.slow
+def test_pretrained_tiny_has_the_scores_of_its_card() -> None:
+    model = create_model("mambair-tiny-x2", pretrained=True).eval()
+    with torch.inference_mode():
+        scores = evaluate(model, DATA / "sets/Set5/HR", scale=2)
+    gain = scores.mean("psnr") - scores.mean("baseline_psnr")
+    assert gain >= 2.5
+    card = (registry.ASSETS / "mambair-tiny-x2.md").read_text()
+    printed = re.search(r"Set5, mean\*\* \| (\d+\.\d+) / \d\.\d+ \| (\d+\.\d+) /", card)
+    assert printed is not None
+    for column, value in zip(("psnr", "baseline_psnr"), printed.groups(), strict=True):
+        assert scores.mean(column) == pytest.approx(float(value), abs=0.006)
 
 
 def test_changed_weights_are_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,13 @@ def test_parameter_count_is_the_published_one(name: str) -> None:
     assert parameter_count(name) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize(("scale", "count"), [(2, 2_551_555), (3, 2_736_195), (4, 2_699_267)])
+def test_the_baseline_of_32_blocks_counts_as_published(scale: int, count: int) -> None:
+    with torch.device("meta"):
+        model = EDSR(scale=scale, features=64, blocks=32, res_scale=1.0)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
 @pytest.mark.parametrize(
     ("name", "blocks", "shuffles"), [("edsr-baseline-x3", 16, 1), ("edsr-x4", 32, 2)]
 )

@@ -67,11 +67,11 @@ def train_step(prepared: GraphModule, x: Tensor) -> None:
 
 @functools.cache
 def tiny_pair(
-    capture: str, bits: int, name: str = "mambair-tiny-x2"
+    capture: str, bits: int | tuple[int, int], name: str = "mambair-tiny-x2"
 ) -> tuple[GraphModule, LoweredModule]:
     """A prepared network of random weights after one training step, and its lowered form."""
     torch.manual_seed(0)
-    qconfig = qmir_ao.get_qmir_qconfig(bits, bits)
+    qconfig = qmir_ao.get_qmir_qconfig(*(bits if isinstance(bits, tuple) else (bits, bits)))
     prepared = qmir_ao.prepare_qat(create_model(name), qconfig, example(capture, 1, 3, 8, 8))
     train_step(prepared, torch.rand(2, 3, 8, 8))
     prepared.eval()

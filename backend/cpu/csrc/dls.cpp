@@ -1,112 +1,22 @@
 // DLS on the CPU: statistics, codes, and the fused fake-quantizer with its backward. Groups (one
 // per sample) follow each other in memory. Every sum runs over fixed chunks of a group, combined
 // in index order, so that no result depends on the number of threads.
-#include "dls.cuh"
-
-#include <omp.h>
-
-#include <algorithm>
-
-#include "reduce.h"
+#include "statistics.h"
 
 using namespace qmir;
 
 namespace {
 
-struct Lanes {
-  Sum8 sum, squares;
-  f8 low, high;
-
-  void add(f8 v, float pivot) {
-    const d8 d = widen(v) - (double)pivot;
-    sum.add(d);
-    squares.add(d.square());
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-};
-
-// Two sets of lanes take turns, because one would wait for its own additions.
-Moments moments_of(const float* x, int64_t count, float pivot) {
-  Lanes even{{}, {}, f8{} + pivot, f8{} + pivot}, odd = even;
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    even.add(load8(x + i), pivot);
-    odd.add(load8(x + i + 8), pivot);
-  }
-  if (i + 8 <= count) {
-    even.add(load8(x + i), pivot);
-    i += 8;
-  }
-  if (i < count) odd.add(load8(x + i, count - i, pivot), pivot);
-  const f8 low = even.low < odd.low ? even.low : odd.low;
-  const f8 high = even.high > odd.high ? even.high : odd.high;
-  Moments m{even.sum.total() + odd.sum.total(), even.squares.total() + odd.squares.total(), low[0],
-            high[0]};
-  for (int lane = 1; lane < 8; ++lane) {
-    m.low = min_of(m.low, low[lane]);
-    m.high = max_of(m.high, high[lane]);
-  }
-  return m;
-}
-
-// The threads that work on one group together; alone they never wait for each other.
-struct Team {
-  int64_t rank, size;
-
-  template <class Body>
-  void share(int64_t count, const Body& body) const {
-    const int64_t chunks = chunks_of(count);
-    for (int64_t c = chunks * rank / size; c < chunks * (rank + 1) / size; ++c)
-      body(c, c * kChunk, min_of(kChunk, count - c * kChunk));
-  }
-
-  void meet() const {
-    if (size > 1) {
-#pragma omp barrier
-    }
-  }
-};
-
-// Threads take whole groups where these divide evenly, which needs no barrier and keeps a group in
-// one cache; otherwise all of them go through the groups together. Every thread of a team combines
-// the chunks itself, in index order, so that the results are the same either way.
-template <class Body>
-void for_groups(int64_t groups, int64_t count, const Body& body) {
-#pragma omp parallel if (groups * count >= kParallelFrom)
-  {
-    const int64_t rank = omp_get_thread_num(), size = omp_get_num_threads();
-    if (groups % size == 0) {
-      for (int64_t group = rank; group < groups; group += size) body(group, Team{0, 1});
-    } else {
-      for (int64_t group = 0; group < groups; ++group) body(group, Team{rank, size});
-    }
-  }
-}
-
 Prediction predict(const float* x, int64_t count, const Predictor& predictor, const Team& team,
                    int64_t group, std::vector<Moments>& scratch, std::vector<char>& finite) {
-  const int64_t chunks = chunks_of(count);
-  Moments* parts = scratch.data() + group * chunks;
+  Moments* parts = scratch.data() + group * chunks_of(count);
   team.share(count, [&](int64_t c, int64_t at, int64_t size) {
     parts[c] = moments_of(x + at, size, x[0]);
   });
   team.meet();
-  Moments all{0.0, 0.0, x[0], x[0]};
-  for (int64_t c = 0; c < chunks; ++c) {
-    all.sum += parts[c].sum;
-    all.squares += parts[c].squares;
-    all.low = min_of(all.low, parts[c].low);
-    all.high = max_of(all.high, parts[c].high);
-  }
-  const Prediction found = dls_predict(dls_statistics(all, x[0], count), predictor);
-  if (team.rank == 0) finite[group] = dls_finite(all, found);
-  return found;
-}
-
-int64_t first_bad(const std::vector<char>& finite) {
-  const auto found = std::find(finite.begin(), finite.end(), 0);
-  return found == finite.end() ? -1 : found - finite.begin();
+  const Found found = predict_group(parts, count, x[0], predictor);
+  if (team.rank == 0) finite[group] = found.finite;
+  return found.prediction;
 }
 
 GradientSums sums_of(const float* grad, const float* x, int64_t count, Grid grid,
@@ -196,13 +106,6 @@ bool all_finite(const float* x, int64_t count, Grid grid) {
 #pragma omp simd reduction(+ : poison)
   for (int64_t i = 0; i < count; ++i) poison += 0.0f * x[i];
   return poison == 0.0f;
-}
-
-template <class Code>
-void quantize(const float* x, Code* q, int64_t count, Grid grid) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    q[i] = (Code)(int32_t)grid_code(grid_ratio(x[i], grid), grid);
 }
 
 template <class Code>

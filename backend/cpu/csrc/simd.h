@@ -38,10 +38,24 @@ QMIR_FN lanes broadcast(float x) {
 
 QMIR_FN lanes lane_abs(lanes a) { return (lanes)((lanes_i)a & 0x7fffffff); }
 
-// The instructions return b where one is NaN, as the comparison does; g++ 12 makes two of it.
+#if defined(__AVX2__)
+// Two registers, where the target has none of 512 bits.
+union lane_halves {
+  lanes v;
+  __m256 h[2];
+};
+#endif
+
+// The instructions return b where one is NaN, as the comparison does; g++ 12 makes two of it, and
+// one for each lane without AVX-512.
 QMIR_FN lanes lane_max(lanes a, lanes b) {
 #if defined(__AVX512F__)
   return (lanes)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  lane_halves x{a}, y{b};
+  x.h[0] = _mm256_max_ps(x.h[0], y.h[0]);
+  x.h[1] = _mm256_max_ps(x.h[1], y.h[1]);
+  return x.v;
 #else
   return a > b ? a : b;
 #endif
@@ -60,6 +74,11 @@ QMIR_FN lanes lane_max_abs(lanes largest, lanes x) {
 QMIR_FN lanes lane_min(lanes a, lanes b) {
 #if defined(__AVX512F__)
   return (lanes)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  lane_halves x{a}, y{b};
+  x.h[0] = _mm256_min_ps(x.h[0], y.h[0]);
+  x.h[1] = _mm256_min_ps(x.h[1], y.h[1]);
+  return x.v;
 #else
   return a < b ? a : b;
 #endif
@@ -68,11 +87,8 @@ QMIR_FN lanes lane_min(lanes a, lanes b) {
 QMIR_FN lanes fmadd(lanes a, lanes b, lanes c) {
 #if defined(__AVX512F__)
   return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  union {
-    lanes v;
-    __m256 h[2];
-  } x{a}, y{b}, z{c};
+#elif defined(__FMA__) && defined(__AVX2__)
+  lane_halves x{a}, y{b}, z{c};
   z.h[0] = _mm256_fmadd_ps(x.h[0], y.h[0], z.h[0]);
   z.h[1] = _mm256_fmadd_ps(x.h[1], y.h[1], z.h[1]);
   return z.v;
@@ -114,7 +130,37 @@ QMIR_FN float reduce_add(lanes v) {
 // Out of line: inlined at each use, these multiply the time to compile for narrower vectors.
 #define QMIR_OUTLINE static __attribute__((noinline, unused))
 
-// Transpose 16 rows of 16 in place: four rounds of interleaving rows i and i + 8.
+// Transpose 16 rows of 16 in place: four rounds of interleaving rows i and i + 8; without registers
+// of 512 bits, which those shuffles need, as four blocks of 8 by 8.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+QMIR_FN void transpose8(const float* from, float* to) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * kLanes);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * kLanes, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * kLanes, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+
+QMIR_OUTLINE void transpose16(lanes (&r)[kLanes]) {
+  alignas(64) float from[kLanes * kLanes], to[kLanes * kLanes];
+  std::memcpy(from, r, sizeof from);
+  for (int i = 0; i < kLanes; i += 8)
+    for (int j = 0; j < kLanes; j += 8)
+      transpose8(from + i * kLanes + j, to + j * kLanes + i);
+  std::memcpy(r, to, sizeof to);
+}
+#else
 QMIR_OUTLINE void transpose16(lanes (&r)[kLanes]) {
   constexpr lanes_i low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   constexpr lanes_i high{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -129,6 +175,7 @@ QMIR_UNROLL
     std::memcpy(r, t, sizeof t);
   }
 }
+#endif
 
 // tile[j] = the `rows` values src[0 * stride + j] .. src[(rows - 1) * stride + j], lanes above
 // `rows` and columns from `cols` on are zero.

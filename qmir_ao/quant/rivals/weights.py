@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qmir_ao.ops._affine import check_finite, gradient_scale
+from qmir_ao.ops._affine import gradient_scale
 from qmir_ao.ops.pack import pack
-from qmir_ao.quant._bases import QmirFakeQuantize, parameter
 from qmir_ao.quant._graph import constants, pass_through, put_in_place
+from qmir_ao.quant._weight_base import SteppedWeightFakeQuantize
 from qmir_ao.quant.constants import constant_value
 from qmir_ao.quant.functions import round_soft, round_ste, scale_gradient, straight_through
 from qmir_ao.quant.init import lsq_step, weight_steps
 from qmir_ao.quant.rfa import STEP_FLOOR
-from qmir_ao.quant.spec import check_bits, choose, code_range, container_bits
+from qmir_ao.quant.spec import choose, container_bits
 
-GRANULARITIES = ("per_channel", "per_tensor")
 WEIGHT_INITS = ("lsq", "mse", "minmax", "sigma")
 
 
-class WeightFakeQuantize(QmirFakeQuantize):
+class WeightFakeQuantize(SteppedWeightFakeQuantize):
     """Base of the weight rivals: a uniform grid for the tensor or for each output channel.
 
     Args:
@@ -35,8 +34,6 @@ class WeightFakeQuantize(QmirFakeQuantize):
         ConfigError: unknown bits, preset, granularity or init.
     """
 
-    ch_axis = 0
-    quantizes_weights = True
     learned = True
     paper_init = "lsq"
 
@@ -49,43 +46,16 @@ class WeightFakeQuantize(QmirFakeQuantize):
         init: str | None = None,
         factory_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(check_bits(bits), *code_range(bits))
-        self.preset = choose("preset", preset, (None, "paper", "official"))
+        choose("preset", preset, (None, "paper", "official"))
         plain = "per_channel" if preset is None else "per_tensor"
-        self.granularity = choose("granularity", granularity or plain, GRANULARITIES)
         chosen = init or ("mse" if preset is None else self.paper_init)
-        self.init = choose("init", chosen, WEIGHT_INITS)
-        if self.granularity == "per_channel":
-            self.qscheme = torch.per_channel_affine
-        self.step = parameter(torch.ones(1), factory_kwargs)
+        choose("init", chosen, WEIGHT_INITS)
+        super().__init__(bits, preset, granularity or plain, chosen, factory_kwargs)
         self.step.requires_grad_(self.learned)
         self.to(self.step.device)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def materialize(self, weight: Tensor, channels: int | None = None) -> None:
-        """Size and initialise the step for a weight.
-
-        Args:
-            weight: the weight to quantize.
-            channels: number of output channels; dim 0 of the weight by default.
-
-        Raises:
-            NonFiniteError: the weight holds NaN or infinity.
-        """
-        weight = weight.detach().float().to(self.step.device)
-        check_finite("weight_fake_quant", "the weight", weight)
-        groups = 1
-        if self.granularity == "per_channel" and weight.dim() > 0:
-            groups = weight.shape[0] if channels is None else channels
-        if weight.numel() == 0:
-            step = torch.ones(groups)
-        else:
-            step = self._start(weight.reshape(groups, -1))
-        self.step.data = step.to(self.step).clone()
-        self.mark_initialized()
-
     def _start(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
         if self.init == "mse":
             return weight_steps(rows, self.quant_min, self.quant_max)
         if self.init == "lsq":
@@ -174,13 +144,6 @@ class WeightFakeQuantize(QmirFakeQuantize):
             )
         new.meta["qmir_source"], new.meta["qmir_bits"] = node.name, self.bits
         return put_in_place(model, node, new)
-
-    def extra_repr(self) -> str:
-        """Settings, for printing a model."""
-        return (
-            f"bits={self.bits}, preset={self.preset!r}, granularity={self.granularity!r}, "
-            f"init={self.init!r}"
-        )
 
 
 class LSQWeightFakeQuantize(WeightFakeQuantize):
