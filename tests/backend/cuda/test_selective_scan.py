@@ -33,7 +33,7 @@ def drawn(size: Size, optional: tuple[bool, bool], softplus: bool) -> list[tuple
     batch, groups, channels, *_ = size
     cases = [
         scan_operands(size, *optional, seed=seed)
-        for seed in range(max(4, -(-64 // (batch * groups * channels))))
+        for seed in range(max(8, -(-64 // (batch * groups * channels))))
     ]
     return [(*(x if softplus else without_softplus(x)), softplus) for x in cases]
 
