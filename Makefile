@@ -38,7 +38,7 @@ bench: $(STAMP)
 
 # Where torch, torchao, CuPy, pytest and pytest-benchmark are installed; nothing is built or installed.
 bench-gpu:
-	$(or $(PYTHON),python3) -m pytest -m "gpu and bench" tests/bench/gpu $(PYTEST_ARGS)
+	$(or $(PYTHON),python3) -m pytest -m bench tests/bench/gpu $(PYTEST_ARGS)
 
 kernels: $(STAMP) $(NVRTC)
 	PYTHONPATH=tests $(BIN)/python -m support.kernel_table

@@ -1,21 +1,25 @@
 """Fixtures of all tests: fixed seeds, poisoned allocations, the hypothesis profile."""
 
+import importlib.util
 import os
 
-import hypothesis
 import pytest
 import torch
 
 import qmir_ao.backend.cpu  # noqa: F401  (registers the CPU kernels)
 
-hypothesis.settings.register_profile(
-    "qmir",
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qmir"))
+# On a GPU machine `pytest tests/backend/cuda/test_gpu.py` must do without it.
+if importlib.util.find_spec("hypothesis") is not None:
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "qmir",
+        deadline=None,
+        derandomize=True,
+        print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qmir"))
 
 _EMPTY = torch.empty
 _EMPTY_LIKE = torch.empty_like

@@ -188,7 +188,8 @@ class CudaLauncher:
             run = self._kernel(device, source, kernel, shared, defines)
             stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
             try:
-                run(grid, block, [_word(a) for a in args], shared_mem=shared, stream=stream)
+                words = tuple(_word(a) for a in args)
+                run(grid, block, words, shared_mem=shared, stream=stream)
             except RuntimeError as error:
                 raise DeviceError(
                     f"{kernel} with grid {grid}, block {block} and {shared} bytes of shared memory "

@@ -39,7 +39,7 @@ FLAGS += [f"-fsanitize={CHECKS}", "-fno-sanitize-recover"]
 FLAGS += ["-ftrivial-auto-var-init=pattern", "-Wall", "-Wno-attributes", "-Wno-unused"]
 FLAGS += ["-fvisibility=hidden", "-fno-gnu-unique"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-array-bounds", "-U_FORTIFY_SOURCE", "-fno-math-errno"]
-if os.uname().machine == "x86_64":
+if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
     # CUDA always has a fused multiply-add; math.cuh takes it where the host has it as well.
     FLAGS += ["-mavx2", "-mfma"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
 
-pytestmark = [pytest.mark.gpu, pytest.mark.bench, needs_gpu]
+pytestmark = [pytest.mark.bench, needs_gpu]
 QMIR = torch.ops.qmir
 
 # Channels of all four directions and states of MambaIR light and MambaIR, and steps of time.
