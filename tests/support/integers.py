@@ -5,35 +5,18 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from support.codes import FILLS, code_range, codes, grid
 
-FILLS = ("random", "min", "max", "ends")
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-def codes(rng: np.random.Generator, shape: tuple[int, ...], bits: int, fill: str) -> np.ndarray:
-    """int8 codes: random, all of one extreme, or both extremes mixed."""
-    low, high = code_range(bits)
-    if fill == "random":
-        return rng.integers(low, high, shape, endpoint=True).astype(np.int8)
-    if fill == "ends":
-        return rng.choice(np.array([low, high], np.int8), shape)
-    return np.full(shape, low if fill == "min" else high, np.int8)
+__all__ = [
+    "FILLS", "code_range", "codes", "containers", "dequantize", "fills", "grid", "pack_fields",
+    "same_bytes", "seeds", "with_threads",
+]  # fmt: skip
 
 
 def pack_fields(values: np.ndarray, bits: int) -> torch.Tensor:
     """Little-end-first two's complement fields, by way of single bits."""
     fields = values.reshape(-1, 1).astype(np.int64) >> np.arange(bits) & 1
     return torch.from_numpy(np.packbits(fields.astype(np.uint8), bitorder="little"))
-
-
-def grid(rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random positive steps and shifts of either sign, float32."""
-    step = rng.uniform(0.01, 0.5, count).astype(np.float32)
-    shift = rng.normal(0.0, 1.0, count).astype(np.float32)
-    return torch.from_numpy(step), torch.from_numpy(shift)
 
 
 def dequantize(values: torch.Tensor, step: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

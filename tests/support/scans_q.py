@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from support.integers import code_range, codes, grid
+from support.codes import code_range, codes, grid
 from support.scans import follow, put_back, walks
 from support.tolerances import (
     DIRECTION_SUM_ROUNDINGS,
