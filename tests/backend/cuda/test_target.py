@@ -86,7 +86,7 @@ def test_networks_run_on_the_kernels(name: str, capture: str, bits: int) -> None
 @needs_compiler
 def test_a_network_of_the_zoo_runs_on_the_kernels() -> None:
     torch.manual_seed(0)
-    model = MambaIR(**{**CONFIGS["mambair-tiny-x2"], "embed_dim": 16, "depths": (1,)})
+    model = MambaIR(**{**CONFIGS["mambair-tiny-x2"], "embed_dim": 32, "depths": (1,)})
     size = (1, 3, 7, 6)
     graph = prepared(model, size, "trace", 4)
     x = torch.rand(size)
