@@ -12,7 +12,7 @@ constexpr int kStates = QMIR_STATES;
 constexpr int kWarps = QMIR_WARPS;
 constexpr int kSteps = qmir::kTile;
 
-extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 12 ? 2 : 1)
     qmir_ss2d_scan_local(QMIR_REAL_PARAMETERS, float*) {
   qmir::scan_real<true, kStates, kWarps, kSteps, false, false>(QMIR_REAL_SCAN(nullptr, nullptr),
                                                                (float*)nullptr);
