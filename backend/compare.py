@@ -17,6 +17,7 @@ from qmir_ao.backend.report import KINDS
 from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.chain import find_chain
+from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.pipeline import NORMALIZE, run_passes
 from qmir_ao.quant.constants import attribute
@@ -91,7 +92,8 @@ def compare_operators(
     """
     normalized = copy.deepcopy(prepared)
     normalized.eval()
-    run_passes(normalized, NORMALIZE)
+    # Moves that cancel stand between a norm and its quantizer here, but not in the lowered graph.
+    run_passes(normalized, (*NORMALIZE, DropIdentity()))
     with torch.no_grad():
         recorder = Interpreter(normalized, garbage_collect_values=False)
         recorder.run(*inputs)
@@ -260,6 +262,11 @@ class _Operator:
             "norm": args.norm_eps is not None,
         }
         chain = find_chain(end, lambda _, role: wanted[role])
+        if (chain.norm is None) != (args.norm_eps is None) or chain.activation != args.activation:
+            raise UnsupportedGraph(
+                f"the operators before {end.name} in the prepared model are not those that "
+                f"{self.node.name} was fused from; pass the model that was lowered"
+            )
         x: Tensor = self.values[chain.x]
         if chain.permute is not None:
             x = x.permute(chain.permute)
