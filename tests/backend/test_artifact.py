@@ -216,6 +216,11 @@ def test_forbidden_calls_are_refused_and_not_run(folder: Path, target: str) -> N
     assert not canary.exists()
 
 
+def last_value(graph: dict[str, Any]) -> int:
+    """Number of the latest value that a node reads: the result of another node."""
+    return max(value for node in graph["nodes"] for value in node[1:])
+
+
 Change = Callable[[dict[str, Any]], object]
 DAMAGE: dict[str, Change] = {
     "unknown tag": lambda g: g["calls"][0].__setitem__(1, [{"$call": "os"}]),
@@ -233,7 +238,7 @@ DAMAGE: dict[str, Change] = {
     "call out of range": lambda g: g["nodes"][0].__setitem__(0, 999),
     "call is true": lambda g: g["nodes"][0].__setitem__(0, True),
     "value out of range": lambda g: g["nodes"][0].__setitem__(1, 9999),
-    "value of a later node": lambda g: g["nodes"][0].__setitem__(1, len(g["nodes"])),
+    "value of a later node": lambda g: g["nodes"][0].__setitem__(1, last_value(g)),
     "negative value": lambda g: g["nodes"][0].__setitem__(1, -1),
     "node is no list": lambda g: g["nodes"].insert(0, 3),
     "empty node": lambda g: g["nodes"].insert(0, []),

@@ -169,8 +169,9 @@ def test_empty_tensor(shape):
     y.sum().backward()
     assert y.shape == shape and x.grad.shape == shape and torch.equal(w.grad, torch.zeros(4))
     step, shift = dls_qparams(x.detach(), W, V)
-    assert torch.equal(step, torch.full((shape[0],), STEP_EPS))
-    assert torch.equal(shift, torch.zeros(shape[0]))
+    groups = shape[0] if len(shape) > 1 else 1
+    assert torch.equal(step, torch.full((groups,), STEP_EPS))
+    assert torch.equal(shift, torch.zeros(groups))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -16,7 +16,7 @@ import qmir_ao
 from qmir_ao.passes.lay_out_once import LayOutOnce
 from qmir_ao.passes.pipeline import CPU, run_passes
 
-FUSED = ("FuseDlsStatistics", "FuseNormChain")
+FUSED = ("FuseDlsStatistics",)
 qmir = torch.ops.qmir
 SCALARS = torch.tensor([0.0, 0.3, 0.0, 0.0]), torch.tensor([0.1, 0.0, 0.0, 0.2])
 Form = Callable[[Tensor], Tensor]

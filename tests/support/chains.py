@@ -1,6 +1,7 @@
 """A network with every chain of float operators that a quantizer's operator can take over."""
 
 import copy
+import dataclasses
 import functools
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import qmir_ao
+from qmir_ao.backend.lowered import LoweredModule
+from qmir_ao.backend.registry import TARGETS, lower_graph
+from qmir_ao.passes.fuse_norm_chain import FuseNormChain
 from qmir_ao.passes.pipeline import CPU, run_passes
 
 NAMES = [p.name for p in CPU]
@@ -58,11 +62,22 @@ def prepared(capture: str, bits: int = 4, model: type[Mixer] = Mixer) -> GraphMo
     return graph.eval()
 
 
+def fully_fused(graph_module: GraphModule) -> LoweredModule:
+    """Lowered for the CPU with FuseNormChain behind FuseDlsStatistics."""
+    end = NAMES.index("FuseDlsStatistics") + 1
+    passes = (*CPU[:end], FuseNormChain(), *CPU[end:])
+    return lower_graph(graph_module, dataclasses.replace(TARGETS["cpu"], passes=passes))
+
+
 def before(name: str, graph_module: GraphModule) -> GraphModule:
-    """A copy on which every pass of the CPU target before `name` ran."""
+    """A copy on which every pass of the CPU target before `name` ran.
+
+    FuseNormChain is in no list: its place is behind FuseDlsStatistics.
+    """
     result = copy.deepcopy(graph_module)
     result.eval()
-    run_passes(result, CPU[: NAMES.index(name)])
+    end = NAMES.index(name) if name in NAMES else NAMES.index("FuseDlsStatistics") + 1
+    run_passes(result, CPU[:end])
     return result
 
 
