@@ -3,8 +3,6 @@
 Every message says what was got, what is allowed, where, and how to fix it.
 """
 
-import torch
-
 
 class QmirError(Exception):
     """Base class of every error that qmir_ao raises on purpose."""
@@ -42,5 +40,5 @@ class DeviceError(QmirError, RuntimeError):
     """A device cannot run a kernel: driver, package, architecture, memory or tensors are wrong."""
 
 
-class DeviceMemoryError(QmirError, torch.OutOfMemoryError):
+class DeviceMemoryError(QmirError, MemoryError):
     """The memory of a device is too small for an operator."""
