@@ -6,7 +6,6 @@ text around it is to be read again then.
 
 import contextlib
 import io
-import os
 import re
 import shlex
 import tempfile
@@ -15,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import ConsoleDimensions
 
 from qmir_ao.recipes import cli
+from qmir_ao.recipes.console import OUT
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
 FENCE = re.compile(r"```(python|bash|text)\n(.*?)```", flags=re.DOTALL)
@@ -24,7 +25,8 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 UNSTABLE = re.compile(r"^(minutes|loss) .*$", flags=re.MULTILINE)
 OWN_NETWORK, FIRST_SECTION = 1, "## 2"
 LINES = 30
-WIDTH = "100"
+SIZE = (100, 25)
+"""Of the console; a width alone does not change that of a terminal called dumb."""
 
 
 def steps(text: str) -> Iterator[tuple[str, str, str]]:
@@ -65,7 +67,7 @@ def refresh() -> None:
     """Run the page in a folder of its own and write what it prints into it."""
     text, scope = PAGE.read_text(), dict[str, object]()
     torch.set_num_threads(1)
-    os.environ["COLUMNS"] = WIDTH
+    OUT.size = ConsoleDimensions(*SIZE)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for language, code, shown in steps(text):
             got = "".join(f"{line.rstrip()}\n" for line in run(language, code, scope).splitlines())
@@ -77,7 +79,8 @@ def refresh() -> None:
 @pytest.mark.slow
 def test_the_tutorial_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", WIDTH)
+    monkeypatch.setattr(OUT, "_width", SIZE[0])
+    monkeypatch.setattr(OUT, "_height", SIZE[1])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
