@@ -124,11 +124,19 @@ def _children(spec: Any) -> list[Any]:
 
 def move(graph_module: GraphModule, device: torch.device) -> GraphModule:
     """Put a graph's tensors on a device, in place, and let it make new ones there."""
+    elsewhere = False
+
+    def placed(argument: Any) -> Any:
+        nonlocal elsewhere
+        if not isinstance(argument, torch.device) or argument == device:
+            return argument
+        elsewhere = True
+        return device
+
     for node in graph_module.graph.nodes:
-        node.args, node.kwargs = torch.fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda a: device if isinstance(a, torch.device) else a
-        )
-    graph_module.recompile()
+        node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), placed)
+    if elsewhere:
+        graph_module.recompile()
     return graph_module.to(device)
 
 
