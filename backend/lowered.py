@@ -75,7 +75,12 @@ class LoweredModule(nn.Module):
     def _samples_apart(self, x: Tensor) -> bool:
         """Whether a result depends on its own image alone; tried out on the first batch."""
         if self._one_by_one is None:
-            self._one_by_one = _ignores_mates(self.graph_module, x)
+            try:
+                self._one_by_one = _ignores_mates(self.graph_module, x)
+            except NonFiniteError:
+                for index in range(x.shape[0]):
+                    self._alone(x, index)  # names the image, where one alone is to blame
+                raise
         return self._one_by_one
 
     def _alone(self, x: Tensor, index: int) -> Tensor:
