@@ -16,22 +16,24 @@ NVRTC := $(VENV)/nvrtc/.installed
 
 help:
 	@echo "make demo    train the tiny model at 4 and 2 bits, write demo/report.html (5 minutes)"
-	@echo "make test    run the test suite"
+	@echo "make test    run the test suite, one process per core (TEST_PROCESSES=0: in one process)"
 	@echo "make bench   run the benchmarks"
 	@echo "make bench-gpu  the same on an NVIDIA GPU, in the Python environment at hand"
 	@echo "make kernels write docs/kernels.md from the compilers' reports"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove $(VENV) and what the other targets wrote"
 
-# Waiting threads sleep instead of spinning: a little slower on an idle machine, but another busy
-# process on the same cores cannot make a step ten times slower.
-demo test: export OMP_WAIT_POLICY ?= PASSIVE
+# One test process per core, each with one thread: most tests are Python and compilers, and a process
+# that waits sleeps instead of spinning on a core that another one could use.
+TEST_PROCESSES ?= auto
+test: export OMP_WAIT_POLICY ?= PASSIVE
+test: export OMP_NUM_THREADS ?= 1
 
 demo: $(STAMP)
 	$(BIN)/qmir demo --output demo $(DEMO_ARGS)
 
 test: $(STAMP) $(NVRTC)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -m bench tests/bench $(PYTEST_ARGS)

@@ -27,6 +27,7 @@ from qmir_ao.recipes.models import create_model
 from qmir_ao.recipes.qat import LEARNING_RATE, QATResult, qat_options, train_quantized
 from qmir_ao.recipes.report import Picture, write
 from qmir_ao.recipes.samples import TRAIN_IMAGES, HeldOut, held_out, training_patches
+from qmir_ao.recipes.widths import WIDTHS, Width
 
 MODEL = "mambair-tiny-x2"
 PROBE_SIDE = 128
@@ -40,35 +41,17 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclass(frozen=True)
-class Width:
-    """A bit width of the demo and how long it is trained."""
-
-    bits: int
-    iterations: int
-
-    @property
-    def key(self) -> str:
-        """Key in the report, such as `w4a4`."""
-        return f"w{self.bits}a{self.bits}"
-
-    @property
-    def label(self) -> str:
-        """Name in the report, such as `W4A4`."""
-        return self.key.upper()
-
-
-@dataclass(frozen=True)
 class DemoOptions:
     """Settings of the demo.
 
     Args:
-        widths: what is trained. Two bits get more steps: they have more to recover.
+        widths: what is trained.
         batch: patches per step.
         patch: side of a low-resolution patch.
         seed: seed of patches and quantizers.
     """
 
-    widths: tuple[Width, ...] = (Width(4, 200), Width(2, 500))
+    widths: tuple[Width, ...] = WIDTHS
     batch: int = 4
     patch: int = 32
     seed: int = 0

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ if importlib.util.find_spec("hypothesis") is not None:
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qmir"))
+
+# A shell without job control starts background commands with Ctrl-C ignored, and their children
+# would inherit that: the tests that press it need it to work.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _EMPTY = torch.empty
 _EMPTY_LIKE = torch.empty_like

@@ -7,18 +7,21 @@ import typer
 
 from qmir_ao.recipes.commands import options
 from qmir_ao.recipes.console import OUT, emit_json, emit_table, progress, status
+from qmir_ao.recipes.widths import WIDTHS, Width
+
+STEPS = {width.bits: width.iterations for width in WIDTHS}
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("demo"),
-    steps_w4a4: Annotated[int, typer.Option(min=1, help="Training steps at 4 bits.")] = 200,
-    steps_w2a2: Annotated[int, typer.Option(min=1, help="Training steps at 2 bits.")] = 500,
+    steps_w4a4: Annotated[int, typer.Option(min=1, help="Training steps at 4 bits.")] = STEPS[4],
+    steps_w2a2: Annotated[int, typer.Option(min=1, help="Training steps at 2 bits.")] = STEPS[2],
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
     """Train the tiny model at 4 and 2 bits, run it in integers, write a report (5 minutes)."""
     with status("loading torch"):
-        from qmir_ao.recipes.demo import DemoOptions, Width, run
+        from qmir_ao.recipes.demo import DemoOptions, run
 
     settings = DemoOptions(widths=(Width(4, steps_w4a4), Width(2, steps_w2a2)), seed=seed)
     document = run(output, settings, progress)

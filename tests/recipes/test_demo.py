@@ -13,6 +13,7 @@ from qmir_ao.recipes.data import bicubic_downscale
 from qmir_ao.recipes.qat import QATResult
 from qmir_ao.recipes.samples import HeldOut
 from qmir_ao.recipes.train import TrainResult
+from qmir_ao.recipes.widths import Width
 
 SIDE = 72
 
@@ -29,7 +30,7 @@ def _small_held_out(scale: int) -> list[HeldOut]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("demo") / "out"
-    options = demo.DemoOptions(widths=(demo.Width(4, 2), demo.Width(2, 2)), batch=1, patch=16)
+    options = demo.DemoOptions(widths=(Width(4, 2), Width(2, 2)), batch=1, patch=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "held_out", _small_held_out)
         patch.setattr(demo, "PROBE_SIDE", 24)
