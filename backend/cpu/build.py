@@ -24,7 +24,7 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno",
 # One multiply-add rounded twice, as torch does it: the reference operators and the kernels agree
 # to the byte only without contraction. -fno-trapping-math lets loops with selects vectorize.
 FLAGS += ["-ffp-contract=off", "-fno-trapping-math"]
-# 16-lane vectors are passed between inlined functions only, so their calling convention is moot.
+# Vectors of lanes are passed between inlined functions only, so their calling convention is moot.
 FLAGS += ["-Wno-psabi"]
 ISA = {
     "scalar": ["-mno-avx", "-fno-tree-vectorize"],

@@ -1,6 +1,6 @@
 // exp and softplus from additions and multiplications only, so that they vectorize on the CPU and
 // give the scan one definition on every device. Each is a template over the lane type: float here,
-// and the 16-lane vector of backend/cpu/csrc/simd.h on the host. Largest errors with fused
+// and the vector of backend/cpu/csrc/simd.h on the host. Largest errors with fused
 // multiply-adds, over a grid of float32 arguments: exp and the decay 1 ulp, log1p 1.1, softplus 1.8,
 // sigmoid 2.5. The coefficients are minimax fits of the relative error, below 0.1 half ulp.
 #pragma once

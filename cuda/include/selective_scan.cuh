@@ -1,4 +1,4 @@
-// One time step of the selective scan, forward and backward, for one channel (or 16 in lanes).
+// One time step of the selective scan, forward and backward, for one channel (or one in each lane).
 #pragma once
 #include "math.cuh"
 

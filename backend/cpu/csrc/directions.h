@@ -42,11 +42,12 @@ inline void transpose_square(const float* src, int64_t src_stride, float* dst, i
 
 template <class T>
 void transpose_plane(const T* src, T* dst, int64_t height, int64_t width) {
-  for (int64_t h = 0; h < height; h += kLanes)
-    for (int64_t w = 0; w < width; w += kLanes)
+  constexpr int kSide = sizeof(T) == 1 ? (int)sizeof(bytes16) : kLanes;
+  for (int64_t h = 0; h < height; h += kSide)
+    for (int64_t w = 0; w < width; w += kSide)
       transpose_square(src + h * width + w, width, dst + w * height + h, height,
-                       (int)std::min<int64_t>(kLanes, height - h),
-                       (int)std::min<int64_t>(kLanes, width - w));
+                       (int)std::min<int64_t>(kSide, height - h),
+                       (int)std::min<int64_t>(kSide, width - w));
 }
 
 // A tensor of (sample, group, row, step). The odd groups of images may lie in another tensor of the

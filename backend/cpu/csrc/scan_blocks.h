@@ -1,9 +1,9 @@
-// Selective scan, forward and backward: what both read, in blocks of 16 channels as lanes.
+// Selective scan, forward and backward: what both read, in blocks of kLanes channels.
 //
 // Shapes as in qmir_ao/ops/selective_scan.py: u, delta, y (B, E, L), A (E, N), B, C (B, K, N, L).
 // The scan of an image in four directions (ops/ss2d_scan.py) is the same with K = 4 and u shared;
 // only where a group's steps lie in memory differs (directions.h).
-// All loops run in chunks of 16 time steps, transposed into lanes.
+// All loops run in chunks of kChunk time steps, transposed into lanes.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -14,9 +14,7 @@
 #include "directions.h"
 #include "selective_scan.cuh"
 
-// Without 512-bit registers the state does not stay in registers anyway, and compiling one copy per
-// size takes minutes.
-#if defined(__AVX512F__)
+// Loops over a known number of states keep what they can of the state in registers.
 #define QMIR_DISPATCH_STATES(call, ...)              \
   switch (s.states) {                                \
     case 1: call<1, true>(__VA_ARGS__); break;       \
@@ -26,9 +24,6 @@
     case 16: call<16, true>(__VA_ARGS__); break;     \
     default: call<kMaxStates, false>(__VA_ARGS__);   \
   }
-#else
-#define QMIR_DISPATCH_STATES(call, ...) call<kMaxStates, false>(__VA_ARGS__);
-#endif
 
 namespace qmir {
 
@@ -49,7 +44,7 @@ struct Scan {
   int steps(int64_t chunk) const { return (int)std::min<int64_t>(kChunk, length - chunk * kChunk); }
 };
 
-// What one block of 16 channels needs besides its sequences.
+// What one block of channels needs besides its sequences.
 template <int N>
 struct Block {
   DecayRate<lanes> rate[N];

@@ -1,6 +1,6 @@
 // Selective scan backward, of sequences and of images in four directions. See scan_blocks.h.
 //
-// Sums over channels are made per block of 16 channels in block order, and sums over samples in
+// Sums over channels are made per block of kLanes channels in block order, and sums over samples in
 // their order, so results do not depend on the number of threads.
 #include <memory>
 #include <type_traits>

@@ -1,4 +1,4 @@
-// Selective scan of quantized operands. Sixteen channels are the lanes of one task; the decays of a
+// Selective scan of quantized operands. kLanes channels are the lanes of one task; the decays of a
 // step are rows of a table, one per channel, picked by the code of delta and transposed four states
 // at a time. The float32 operations follow the order of the reference, so the bytes agree.
 #include <omp.h>
@@ -25,7 +25,7 @@ struct ScanShape {
 
 namespace {
 
-constexpr int kSteps = 16;                  // steps of one tile: a square of lanes
+constexpr int kSteps = kLanes;              // steps of one tile: a square of lanes
 constexpr int64_t kParallelWork = 1 << 15;  // state updates below which one thread is faster
 constexpr int kMaxWidth = 68;  // floats of a table row: delta and up to 64 states, in fours
 
@@ -64,6 +64,23 @@ QMIR_FN void load_transposed(const float* base, const int32_t* offset, int64_t p
     out[4 * q + 2] = (lanes)_mm512_unpacklo_pd(high01, high23);
     out[4 * q + 3] = (lanes)_mm512_unpackhi_pd(high01, high23);
   }
+#elif defined(__AVX__)
+  // Lanes j and j + 4 share a register, and four registers are transposed within their halves.
+  for (int q = 0; q < kQuads; ++q) {
+    __m256 part[4];
+    for (int j = 0; j < 4; ++j)
+      part[j] = _mm256_insertf128_ps(
+          _mm256_castps128_ps256(_mm_loadu_ps(base + offset[j * pitch] + 4 * q)),
+          _mm_loadu_ps(base + offset[(j + 4) * pitch] + 4 * q), 1);
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(part[0], part[1]));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(part[2], part[3]));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(part[0], part[1]));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(part[2], part[3]));
+    out[4 * q] = (lanes)_mm256_unpacklo_pd(low01, low23);
+    out[4 * q + 1] = (lanes)_mm256_unpackhi_pd(low01, low23);
+    out[4 * q + 2] = (lanes)_mm256_unpacklo_pd(high01, high23);
+    out[4 * q + 3] = (lanes)_mm256_unpackhi_pd(high01, high23);
+  }
 #else
   for (int i = 0; i < 4 * kQuads; ++i)
     for (int lane = 0; lane < kLanes; ++lane) out[i][lane] = base[offset[lane * pitch] + i];
@@ -75,6 +92,9 @@ QMIR_FN lanes_i load_codes(const uint8_t* p, int64_t is_unsigned) {
 #if defined(__AVX512F__)
   const lanes_i raw =
       (lanes_i)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  const lanes_i raw =
+      (lanes_i)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
   // A loop over memory: compilers take vector conversions between widths apart, lane by lane.
   int32_t wide[kSteps];
@@ -106,7 +126,7 @@ struct Scan {
   int64_t width;  // floats of one table row
 };
 
-// One task: up to 16 channels of one sample that share B and C.
+// One task: up to kLanes channels of one sample that share B and C.
 struct Block {
   const Scan& in;
   int64_t sample, group, first, count;  // first channel of the block, number of real channels
