@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,11 @@ def build() -> Path:
     target = cache_dir() / f"qmir_cpu_{_key(files, flags, cxx)}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            os.replace(_compile(cxx, flags, files, Path(scratch)), target)
+        # Processes of one job start together: one of them compiles, the others wait.
+        with FileLock(target.parent / ".lock"):
+            if not target.is_file():
+                with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                    os.replace(_compile(cxx, flags, files, Path(scratch)), target)
     return target
 
 

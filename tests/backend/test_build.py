@@ -1,7 +1,9 @@
 """The library of compiled kernels: its name in the cache is that of what was compiled."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -51,7 +53,27 @@ def test_what_is_in_the_cache_is_not_compiled_again(
     first = build.build()
     monkeypatch.setattr(build, "_compile", None)
     assert build.build() == first
-    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    assert {path.name for path in first.parent.iterdir()} == {first.name, ".lock"}
+
+
+def test_builds_that_start_together_compile_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_now, calls, both = build._compile, [], Barrier(2)
+
+    def counted(*args: Any) -> Path:
+        calls.append(args)
+        return compile_now(*args)
+
+    def start() -> Path:
+        both.wait()
+        return build.build()
+
+    monkeypatch.setattr(build, "_compile", counted)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (job.result() for job in [pool.submit(start) for _ in range(2)])
+    assert first == second and answer(first) == 1
+    assert len(calls) == 1
 
 
 def test_sources_hold_every_unit_and_header() -> None:
@@ -71,4 +93,4 @@ def test_a_failed_compilation_says_why_and_leaves_nothing(folder: Path, tmp_path
     (folder / "unit.cpp").write_text("int answer( {\n")
     with pytest.raises(build.BuildError, match=r"failed:(.|\n)*unit\.cpp"):
         build.build()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
