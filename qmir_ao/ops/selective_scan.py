@@ -10,18 +10,11 @@ Shape letters: B batch, E channels of all groups together, K groups (scan direct
 N state size, L sequence length. E is a multiple of K; group k owns channels k*E/K .. (k+1)*E/K - 1.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qmir_ao.ops._library import define
-
-_OPERANDS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
-    "bool delta_softplus"
-)
+from qmir_ao.ops._scan import define_scan
 
 
 def _expand_groups(x_BKNL: Tensor, channels: int) -> Tensor:
@@ -169,60 +162,11 @@ def check_operands(
         )
 
 
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    _check(u, delta, A, B, C)
-    return u.new_empty(u.shape)
-
-
-def _backward_fake(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, ...]:
-    given = (u, delta, A, B, C)
-    optional = (u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (D, delta_bias))
-    return (*(x.new_empty(x.shape) for x in given), *optional)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.delta_softplus = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    grads = selective_scan_backward_op(grad, *tensors, ctx.delta_softplus)
-    kept = (None if x is None else g for x, g in zip(tensors, grads, strict=True))
-    return (*kept, None)
-
-
-selective_scan_backward_op = define(
-    f"selective_scan_backward(Tensor grad, {_OPERANDS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=selective_scan_backward_ref,
-    fake=_backward_fake,
-)
-selective_scan_op = define(
-    f"selective_scan({_OPERANDS}) -> Tensor",
+selective_scan_op, selective_scan_backward_op = define_scan(
+    "selective_scan",
     reference=selective_scan_ref,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+    backward_reference=selective_scan_backward_ref,
+    check=_check,
 )
 
 

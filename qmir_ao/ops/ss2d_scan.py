@@ -10,22 +10,17 @@ Source: VMamba (arXiv 2401.10166), SS2D; MambaIR (arXiv 2402.15648), `SS2D.forwa
 Shape letters: B batch, D channels of the image, H, W height and width, N states; 4 directions.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qmir_ao.ops._directions import DIRECTIONS, merge, repeated, to_images, to_sequences
-from qmir_ao.ops._library import define
+from qmir_ao.ops._scan import define_scan
 from qmir_ao.ops.selective_scan import selective_scan_backward_ref, selective_scan_ref
 
-_OPERANDS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
-    "bool delta_softplus"
-)
 
-
-def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, op: str) -> None:
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, op: str = "ss2d_scan"
+) -> None:
     torch._check(u.dim() == 4, lambda: f"qmir::{op}: u must be (B, D, H, W), got {tuple(u.shape)}")
     batch, channels, height, width = u.shape
     torch._check(
@@ -140,59 +135,11 @@ def ss2d_scan_backward_ref(
     )
 
 
-def _fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    _check(u, delta, A, B, C, "ss2d_scan")
-    return u.new_empty(u.shape)
-
-
-def _backward_fake(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, ...]:
-    optional = (u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (D, delta_bias))
-    return (*(x.new_empty(x.shape) for x in (u, delta, A, B, C)), *optional)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.delta_softplus = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    grads = ss2d_scan_backward_op(grad, *tensors, ctx.delta_softplus)
-    kept = (None if x is None else g for x, g in zip(tensors, grads, strict=True))
-    return (*kept, None)
-
-
-ss2d_scan_backward_op = define(
-    f"ss2d_scan_backward(Tensor grad, {_OPERANDS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=ss2d_scan_backward_ref,
-    fake=_backward_fake,
-)
-ss2d_scan_op = define(
-    f"ss2d_scan({_OPERANDS}) -> Tensor",
+ss2d_scan_op, ss2d_scan_backward_op = define_scan(
+    "ss2d_scan",
     reference=ss2d_scan_ref,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
+    backward_reference=ss2d_scan_backward_ref,
+    check=_check,
 )
 
 
