@@ -1,5 +1,6 @@
 """CUDA target: importing it registers the kernels (compiled by NVRTC on first call)."""
 
+import qmir_ao.backend.cuda.chain_quantize
 import qmir_ao.backend.cuda.conv2d
 import qmir_ao.backend.cuda.dls
 import qmir_ao.backend.cuda.dls_fake_quant

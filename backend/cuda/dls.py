@@ -74,9 +74,34 @@ def launch_dls_qparams(
     ranges = torch.empty(groups * chunks * 2, dtype=torch.float32, device=device)
     chunk_args = (x, sums, ranges, count, chunks)
     launch("dls", "qmir_dls_chunks", (groups * chunks, 1, 1), block, chunk_args)
-    finish_args = (x, sums, ranges, *weights, step, shift, count, chunks, levels)
-    launch("dls", "qmir_dls_finish", (groups, 1, 1), block, finish_args)
+    launch_finish(launch, x, (sums, ranges), weights, (step, shift), (count, count), levels)
     return step, shift
+
+
+def launch_finish(
+    launch: Launcher,
+    firsts: Tensor,
+    chunks: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    found: tuple[Tensor, Tensor],
+    sizes: tuple[int, int],
+    levels: float,
+) -> None:
+    """Start the kernel that makes steps and shifts of the sums of chunks.
+
+    Args:
+        launch: starts the kernel.
+        firsts: the first value of each group.
+        chunks: sums and ranges of every chunk.
+        weights: (4,) of the step and of the shift.
+        found: step and shift of each group, which are written.
+        sizes: elements between two first values, and those of a group.
+        levels: divisor of the cap, or 0 without one.
+    """
+    groups = found[0].numel()
+    count = chunks[0].numel() // (2 * groups)
+    args = (firsts, *chunks, *weights, *found, *sizes, count, levels)
+    launch("dls", "qmir_dls_finish", (groups, 1, 1), (SUM_THREADS, 1, 1), args)
 
 
 def _elementwise(

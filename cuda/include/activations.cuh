@@ -46,10 +46,24 @@ QMIR_FN F activate(F x) {
   return x;
 }
 
-// Layer norm without its weights; each operation rounds on its own, as torch does it.
+// The same where the activation is known when the kernel runs.
 template <class F>
-QMIR_FN F normalized(F x, float mean, float rstd) {
-  return (x - mean) * rstd;
+QMIR_FN F activate(Activation which, F x) {
+  switch (which) {
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return activate<Activation::relu>(x);
+    case Activation::sigmoid:
+      return activate<Activation::sigmoid>(x);
+    case Activation::silu:
+      return activate<Activation::silu>(x);
+    case Activation::gelu:
+      return activate<Activation::gelu>(x);
+    case Activation::gelu_tanh:
+      return activate<Activation::gelu_tanh>(x);
+  }
+  return x;
 }
 
 }  // namespace qmir

@@ -5,6 +5,7 @@
 
 #include "activations.cuh"
 #include "directions.h"
+#include "layer_norm.cuh"
 #include "statistics.h"
 
 using namespace qmir;
@@ -27,7 +28,7 @@ struct ChainShape {
 
 struct ChainInput {
   const float *x, *norm_weight, *norm_bias, *gate, *offset;
-  double eps;
+  float eps;
 };
 
 struct Strides {
@@ -191,21 +192,18 @@ class Chain {
     }
   }
 
-  // Sums in double, so that their order hardly ever shows in a result.
   void normalize(float* row) const {
     const int64_t c = s_.channels;
     const Moments m = moments_of(row, c, row[0]);
-    const double variance = max_of((m.squares - m.sum * m.sum / c) / c, 0.0);
-    const float centre = (float)(row[0] + m.sum / c);
-    const float rstd = (float)(1.0 / std::sqrt(variance + in_.eps));
+    const RowNorm norm = row_norm(m.sum, m.squares, row[0], c, in_.eps);
     const float *w = in_.norm_weight, *b = in_.norm_bias;
     if (w && b) {
 #pragma omp simd
-      for (int64_t j = 0; j < c; ++j) row[j] = normalized(row[j], centre, rstd) * w[j] + b[j];
+      for (int64_t j = 0; j < c; ++j) row[j] = normalized(row[j], norm) * w[j] + b[j];
       return;
     }
     for (int64_t j = 0; j < c; ++j) {
-      const float scaled = normalized(row[j], centre, rstd) * (w ? w[j] : 1.0f);
+      const float scaled = normalized(row[j], norm) * (w ? w[j] : 1.0f);
       row[j] = b ? scaled + b[j] : scaled;
     }
   }
@@ -347,7 +345,7 @@ int64_t qmir_chain_quantize(const float* x, const float* norm_weight, const floa
                             const ChainShape* shape, double eps, void* codes, float* step,
                             float* shift) {
   const ChainShape& s = *shape;
-  const ChainInput in{x, norm_weight, norm_bias, gate, offset, eps};
+  const ChainInput in{x, norm_weight, norm_bias, gate, offset, (float)eps};
   const Chain chain(s, in);
   const Predictor predictor{w, v, s.cap ? (float)(s.quant_max - s.quant_min + 1) : 0.0f};
   const Output out{codes, step, shift, s.quant_max > 127, (float)s.quant_min, (float)s.quant_max};
