@@ -28,13 +28,6 @@ struct Chain {
   Strides x_by, gate_by;
   Activation activation, gate_activation;
 
-  QMIR_DEVICE float scaled(float x, const RowNorm& norm, int64_t channel) const {
-    float y = normalized(x, norm);
-    if (norm_weight) y = y * norm_weight[channel];
-    if (norm_bias) y = y + norm_bias[channel];
-    return y;
-  }
-
   // What is quantized, from what comes before the activation.
   QMIR_DEVICE float value(float y, int64_t gate_at, int64_t channel) const {
     y = activate(activation, y);
@@ -125,8 +118,7 @@ template <class Body>
 QMIR_DEVICE void for_rows(const Tile& tile, const Body& body) {
   for (int i = (int)threadIdx.x / kLanes; i < kMostRows; i += kHalfWarps) {
     if (i - (int)threadIdx.x / kLanes >= tile.rows) return;
-    const float* row = tile.row(min_of(i, tile.rows - 1));
-    body(i, [row](int c) { return row[c]; });
+    body(i, tile.row(min_of(i, tile.rows - 1)));
   }
 }
 
@@ -146,11 +138,11 @@ QMIR_DEVICE void make_values(const Chain& chain, const Tile& tile, Rows& rows, b
   });
   __syncthreads();
   if (norm) {
-    for_rows(tile, [&](int row, const auto& at) {
+    for_rows(tile, [&](int row, const float* x) {
       double sum = 0.0, squares = 0.0;
-      half_warp_sums(at, tile.channels, at(0), sum, squares);
+      half_warp_sums([x](int c) { return x[c]; }, tile.channels, x[0], sum, squares);
       if (threadIdx.x % kLanes == 0)
-        rows.norm[row] = row_norm(sum, squares, at(0), tile.channels, eps);
+        rows.norm[row] = row_norm(sum, squares, x[0], tile.channels, eps);
     });
     __syncthreads();
   }
@@ -158,7 +150,8 @@ QMIR_DEVICE void make_values(const Chain& chain, const Tile& tile, Rows& rows, b
   for_tile(tile.rows, tile.channels, columns, [&](int row, int c) {
     const int64_t channel = tile.first_channel + c;
     float& y = tile.row(row)[c];
-    const float x = norm ? chain.scaled(y, rows.norm[row], channel) : y;
+    const float x =
+        norm ? norm_value(y, rows.norm[row], chain.norm_weight, chain.norm_bias, channel) : y;
     y = chain.value(x, rows.gate[row] + channel * chain.gate_by.channel, channel);
   });
   __syncthreads();
@@ -198,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(128)
   const int valid = (int)min_of(rows, tokens - first);
   const Tile tile{values, first, 0, valid, (int)channels};
   make_values(chain, tile, places, norm, eps);
-  for_rows(tile, [&](int row, const auto& at) {
-    const Group mine = half_warp_group(at, (int)channels);
+  for_rows(tile, [&](int row, const float* y) {
+    const Group mine = half_warp_group([y](int c) { return y[c]; }, tile.channels);
     if (threadIdx.x % kLanes == 0) found[row] = mine;
   });
   __syncthreads();

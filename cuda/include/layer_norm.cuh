@@ -1,6 +1,7 @@
 // Layer norm of a row of channels, from the sums of its deviations from its first value (Moments).
 #pragma once
 #include "dls.cuh"
+#include "math.cuh"
 
 namespace qmir {
 
@@ -14,7 +15,13 @@ QMIR_FN RowNorm row_norm(double sum, double squares, float first, int64_t count,
   return {(float)(first + sum / count), (float)(1.0 / sqrt(variance + eps))};
 }
 
-// Without weights; each operation rounds on its own, as torch does it.
-QMIR_FN float normalized(float x, const RowNorm& norm) { return (x - norm.mean) * norm.rstd; }
+// One channel of the result; weight and bias may be null. Rounded as torch's CPU kernel does it.
+QMIR_FN float norm_value(float x, const RowNorm& norm, const float* weight, const float* bias,
+                         int64_t channel) {
+  const float y = (x - norm.mean) * norm.rstd;
+  if (weight && bias) return fmadd(y, weight[channel], bias[channel]);
+  if (weight) return y * weight[channel];
+  return bias ? y + bias[channel] : y;
+}
 
 }  // namespace qmir

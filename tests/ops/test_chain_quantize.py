@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support import tolerances
+from support.chain_cases import CHAINS, V, W, chain_arguments, same_results, views
 from torch import Tensor
 
 import qmir_ao.backend.cpu.chain_quantize  # noqa: F401  (registers the kernel)
@@ -20,66 +21,15 @@ from qmir_ao.ops.chain_quantize import (
 )
 from qmir_ao.ops.dls import dls_qparams, dls_qparams_ref, dls_quantize, dls_quantize_ref
 
-W = torch.tensor([0.1, 0.3, -0.02, 0.05])
-V = torch.tensor([-1.0, 0.1, 0.02, -0.03])
 SIZES = [(3, 7, 9, 11), (2, 72, 17, 5), (1, 60, 32, 33), (2, 16, 1, 1), (2, 1, 5, 7)]
 STATISTICS = ["sample", "tensor", "token"]
-CHAINS = {
-    "norm": {"norm": True},
-    "norm, gate": {"norm": True, "gate": True, "gate_activation": "silu"},
-    "norm, relu, gate": {"norm": True, "activation": "relu", "gate": True},
-    "gate": {"gate": True},
-    **{name: {"activation": name} for name in ACTIVATIONS if name != "none"},
-}
-
-
-def views(size: tuple[int, ...], last: bool) -> dict[str, Tensor]:
-    """The same values with channels last, or first, however memory holds them."""
-    b, c, h, w = size
-    values = torch.randn(b, h, w, c) * 2 + 1
-    wide = torch.cat([torch.randn(b, h, w, c), values], dim=-1)[..., c:]
-    planes = values.permute(0, 3, 1, 2).contiguous()
-    part = torch.cat([planes, planes], dim=1)[:, c:]
-    layouts = {
-        "channels last": values,
-        "half of the channels": wide,
-        "planes": planes.permute(0, 2, 3, 1),
-        "some of the planes": part.permute(0, 2, 3, 1),
-        "every other column": torch.stack([values, values], dim=3)[:, :, :, 1],
-    }
-    return {k: v if last else v.permute(0, 3, 1, 2) for k, v in layouts.items()}
-
-
-def arguments(
-    x: Tensor,
-    dim: int,
-    statistics: str,
-    *,
-    norm: bool = False,
-    gate: bool = False,
-    gate_activation: str = "none",
-    activation: str = "none",
-    offset: bool = True,
-    grid: tuple[int, int] = (-8, 7),
-) -> ChainArgs:
-    torch.manual_seed(1)
-    channels = x.shape[dim]
-    weights = (torch.randn(channels), torch.randn(channels), 1e-5) if norm else (None,) * 3
-    factor = torch.randn(x.shape) if gate else None
-    shift = torch.randn(channels, *[1] * (-1 - dim)) if offset else None
-    chain = (*weights, activation, factor, gate_activation, shift)
-    return ChainArgs(x, *chain, W, V, dim, *grid, statistics, False)
-
-
-def same_bytes(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_reference_equals_its_parts_in_float64(chain, statistics):
     x = torch.randn(2, 5, 7, 6).double() * 2 + 1
-    args = arguments(x, -1, statistics, **CHAINS[chain])
+    args = chain_arguments(x, -1, statistics, **CHAINS[chain])
     args = ChainArgs(*(a.double() if isinstance(a, Tensor) else a for a in args))
     y = x
     if args.norm_eps is not None:
@@ -119,13 +69,13 @@ def test_without_float_operators_codes_are_those_of_dls_to_the_byte(
     for (name, x), offset, grid in itertools.product(
         views(size, last).items(), (True, False), ((-8, 7), (0, 255))
     ):
-        args = arguments(x, -1 if last else -3, statistics, offset=offset, grid=grid)
+        args = chain_arguments(x, -1 if last else -3, statistics, offset=offset, grid=grid)
         y = x if args.offset is None else x + args.offset
         rows = y.flatten(0, -2) if statistics == "token" else y
         step, shift = dls_qparams(rows, W, V, *grid, statistics == "tensor")
         want = dls_quantize(y, step, shift, *grid), step, shift
-        assert same_bytes(torch.ops.qmir.chain_quantize(*args), want), name
-        assert same_bytes(chain_quantize_ref(*args), want), name
+        assert same_results(torch.ops.qmir.chain_quantize(*args), want), name
+        assert same_results(chain_quantize_ref(*args), want), name
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -136,7 +86,7 @@ def test_kernel_codes_equal_the_reference_but_at_boundaries(last, chain, poisone
         if statistics == "token" and not last:
             continue
         for x in views(size, last).values():
-            args = arguments(x, -1 if last else -3, statistics, **CHAINS[chain])
+            args = chain_arguments(x, -1 if last else -3, statistics, **CHAINS[chain])
             codes, step, shift = torch.ops.qmir.chain_quantize(*args)
             wanted, want_step, want_shift = chain_quantize_ref(*args)
             assert codes.is_contiguous() and codes.dtype == wanted.dtype
@@ -180,7 +130,7 @@ def test_threads_and_repeats_and_batch_mates_do_not_matter(chain, last):
     before = torch.get_num_threads()
     for statistics in STATISTICS[: 3 if last else 2]:
         for x in views((3, 20, 33, 32), last).values():
-            args = arguments(x, -1 if last else -3, statistics, **CHAINS[chain])
+            args = chain_arguments(x, -1 if last else -3, statistics, **CHAINS[chain])
             try:
                 results = []
                 for threads in (1, 2, 2, 2):
@@ -188,7 +138,7 @@ def test_threads_and_repeats_and_batch_mates_do_not_matter(chain, last):
                     results.append(torch.ops.qmir.chain_quantize(*args))
             finally:
                 torch.set_num_threads(before)
-            assert all(same_bytes(results[0], other) for other in results[1:])
+            assert all(same_results(results[0], other) for other in results[1:])
             if statistics == "tensor":
                 continue
             gate = None if args.gate is None else args.gate[1:2]
@@ -196,16 +146,16 @@ def test_threads_and_repeats_and_batch_mates_do_not_matter(chain, last):
             groups = results[0][1].numel() // 3
             mine = slice(groups, 2 * groups)
             whole = (results[0][0][1:2], results[0][1][mine], results[0][2][mine])
-            assert same_bytes(alone, whole)
+            assert same_results(alone, whole)
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["last", "first"])
-def test_layouts_of_one_tensor_give_the_same_bytes(last):
+def test_layouts_of_one_tensor_give_the_same_results(last):
     results = [
-        torch.ops.qmir.chain_quantize(*arguments(x, -1 if last else -3, "sample", norm=True))
+        torch.ops.qmir.chain_quantize(*chain_arguments(x, -1 if last else -3, "sample", norm=True))
         for x in views((2, 19, 9, 11), last).values()
     ]
-    assert all(same_bytes(results[0], other) for other in results[1:])
+    assert all(same_results(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (7, 5), (4, 6, 9), (5,)], ids=str)
@@ -214,7 +164,7 @@ def test_other_ranks(shape):
     for dim in {-1, 1 - len(shape), -len(shape)}:
         if dim == 0:
             continue
-        args = arguments(x, dim, "sample", norm=x.dim() > 1, activation="relu")
+        args = chain_arguments(x, dim, "sample", norm=x.dim() > 1, activation="relu")
         codes, step, shift = torch.ops.qmir.chain_quantize(*args)
         wanted, want_step, want_shift = chain_quantize_ref(*args)
         assert codes.shape == x.shape
@@ -225,10 +175,10 @@ def test_other_ranks(shape):
 @pytest.mark.parametrize("shape", [(6,), (2, 1, 1, 6), (1, 3, 1, 1), (4, 1, 3, 5, 6)], ids=str)
 def test_gates_broadcast(shape):
     x = torch.randn(2, 3, 5, 6)
-    args = arguments(x, -1, "sample")._replace(gate=torch.randn(shape))
+    args = chain_arguments(x, -1, "sample")._replace(gate=torch.randn(shape))
     want = chain_quantize_ref(*args)
     assert want[0].shape == torch.broadcast_shapes(x.shape, shape)
-    assert same_bytes(torch.ops.qmir.chain_quantize(*args), want)
+    assert same_results(torch.ops.qmir.chain_quantize(*args), want)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (2, 3, 0, 4)], ids=str)
@@ -246,7 +196,7 @@ def test_non_finite_input_names_the_sample(chain, bad):
         x = x.clone(memory_format=torch.preserve_format)
         x[1, 5, 7, at] = bad
         for statistics, where in (("sample", 1), ("token", 33 * 32 + 5 * 32 + 7)):
-            args = arguments(x, -1, statistics, **CHAINS[chain])
+            args = chain_arguments(x, -1, statistics, **CHAINS[chain])
             for run in (torch.ops.qmir.chain_quantize, chain_quantize_ref):
                 with pytest.raises(NonFiniteError, match=rf"sample {where} of x"):
                     run(*args)
@@ -254,7 +204,7 @@ def test_non_finite_input_names_the_sample(chain, bad):
 
 
 def test_a_bad_gate_is_noticed():
-    args = arguments(torch.randn(2, 3, 4), -1, "sample", gate=True, gate_activation="silu")
+    args = chain_arguments(torch.randn(2, 3, 4), -1, "sample", gate=True, gate_activation="silu")
     args.gate[1, 2, 3] = float("nan")
     with pytest.raises(NonFiniteError, match="sample 1"):
         torch.ops.qmir.chain_quantize(*args)
@@ -262,9 +212,9 @@ def test_a_bad_gate_is_noticed():
 
 @pytest.mark.parametrize("part", ["norm_weight", "norm_bias", "gate", "offset"])
 def test_a_perturbed_operand_is_noticed(part):
-    args = arguments(torch.randn(2, 9, 11, 12), -1, "token", norm=True, gate=True)
+    args = chain_arguments(torch.randn(2, 9, 11, 12), -1, "token", norm=True, gate=True)
     other = args._replace(**{part: getattr(args, part) + 0.01})
-    assert not same_bytes(torch.ops.qmir.chain_quantize(*args), chain_quantize_ref(*other))
+    assert not same_results(torch.ops.qmir.chain_quantize(*args), chain_quantize_ref(*other))
 
 
 BAD = {
@@ -289,9 +239,9 @@ def test_bad_arguments_are_refused(message):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_run_the_reference(dtype):
     x = torch.randn(2, 5, 7).to(dtype)
-    assert same_bytes(
+    assert same_results(
         chain_quantize(x, W, V, activation="silu"),
-        chain_quantize_ref(*arguments(x, -1, "sample", activation="silu", offset=False)),
+        chain_quantize_ref(*chain_arguments(x, -1, "sample", activation="silu", offset=False)),
     )
 
 

@@ -198,13 +198,11 @@ class Chain {
     const RowNorm norm = row_norm(m.sum, m.squares, row[0], c, in_.eps);
     const float *w = in_.norm_weight, *b = in_.norm_bias;
     if (w && b) {
+      // Here the compiler knows of both that they are there, and makes vectors of it.
 #pragma omp simd
-      for (int64_t j = 0; j < c; ++j) row[j] = normalized(row[j], norm) * w[j] + b[j];
-      return;
-    }
-    for (int64_t j = 0; j < c; ++j) {
-      const float scaled = normalized(row[j], norm) * (w ? w[j] : 1.0f);
-      row[j] = b ? scaled + b[j] : scaled;
+      for (int64_t j = 0; j < c; ++j) row[j] = norm_value(row[j], norm, w, b, j);
+    } else {
+      for (int64_t j = 0; j < c; ++j) row[j] = norm_value(row[j], norm, w, b, j);
     }
   }
 
