@@ -10,6 +10,7 @@ from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.fold import FoldConstants, FoldWeights
 from qmir_ao.passes.fuse_cross_scan import FuseCrossScan
 from qmir_ao.passes.fuse_dls_statistics import FuseDlsStatistics
+from qmir_ao.passes.fuse_norm_chain import FuseNormChain
 from qmir_ao.passes.invariants import INVARIANTS, check_invariants
 from qmir_ao.passes.lay_out_once import LayOutOnce
 from qmir_ao.passes.lower import DecomposeFakeQuantize, LowerConv, LowerLinear, LowerScan
@@ -46,9 +47,10 @@ CPU: tuple[Pass, ...] = (
     DropIdentity(),
     # After DropIdentity: a tensor and the same tensor turned twice are one tensor then.
     ShareQuantize(),
-    # After ShareQuantize, which looks for quantizers. FuseNormChain would grow what it makes, but
-    # its norms round otherwise than torch's, and a flipped code spreads through a network.
+    # After ShareQuantize, which looks for quantizers.
     FuseDlsStatistics(),
+    # Grows what FuseDlsStatistics makes.
+    FuseNormChain(),
     # After the passes that look for quantizers: a copy stands before them then.
     LayOutOnce(),
     # Last: lowering makes constants of its own (biases without channel shifts).
@@ -64,8 +66,9 @@ CUDA: tuple[Pass, ...] = (
     LowerConv(),
     LowerScan(),
     DropIdentity(),
-    # No fusions of quantizers here: qmir::chain_quantize has no CUDA kernel, its parts have.
     ShareQuantize(),
+    FuseDlsStatistics(),
+    FuseNormChain(),
     LayOutOnce(),
     DedupeConstants(),
 )

@@ -9,7 +9,7 @@ Bytes moved for each value, with a gate in brackets; 4 a float, 1 a code:
 | everything else | values in the order of the codes, sums of chunks, steps, codes | 17 (+4) |
 
 The separate operators move 8 for each of norm, activation, gate (+4), channel shift and copy of a
-permuted tensor, and 9 for the quantizer. Shapes that no kernel knows run the reference on the device:
+permuted tensor, and 9 for the quantizer. What no kernel knows runs the reference on the device:
 other types than float32, channels neither second nor last, and norms over more than LONGEST_ROW.
 
 As in backend/cuda/dls.py, a group that holds NaN or infinity gets NaN as its step and shift.

@@ -7,8 +7,6 @@ codes everywhere: 140 dB; one flip: 45 dB at 4 bits); the figures are those of a
 """
 
 import functools
-import math
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from skimage import data as images
 from support.integers import same_bytes
+from support.lowering import pooled_psnr
 from support.tolerances import END_TO_END_PSNR, TASK_PSNR
 from torch import Tensor
 from torch.fx import GraphModule
@@ -72,12 +71,6 @@ def trained(bits: int) -> tuple[GraphModule, LoweredModule]:
     return prepared, qmir_ao.convert_and_lower(prepared)
 
 
-def decibels(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """PSNR of a set of images: from the squared error of all their pixels."""
-    errors = torch.cat([(a - b).double().square().flatten() for a, b in pairs])
-    return -10 * math.log10(max(float(errors.mean()), 1e-30))
-
-
 def both(bits: int, low: Tensor) -> tuple[Tensor, Tensor]:
     """What the simulated and the integer network make of a batch."""
     prepared, lowered = trained(bits)
@@ -93,7 +86,7 @@ def score(image: Tensor, truth: Tensor) -> float:
 def test_integers_give_the_images_and_the_score_of_the_simulation(bits: int) -> None:
     pairs = [pair(*crop) for crop in CROPS]
     restored = [both(bits, low[None]) for low, _ in pairs]
-    assert decibels(restored) >= END_TO_END_PSNR[bits]
+    assert pooled_psnr(restored) >= END_TO_END_PSNR[bits]
     simulated, integer = (
         fmean(
             score(outputs[i][0], truth) for outputs, (_, truth) in zip(restored, pairs, strict=True)
@@ -112,7 +105,7 @@ def test_odd_sizes_and_batches_agree(bits: int) -> None:
         batch = torch.stack([low[:, 9 * i : 9 * i + height, :width] for i in range(count)])
         restored.append(both(bits, batch))
         assert restored[-1][1].shape == (count, 3, SCALE * height, SCALE * width)
-    assert decibels(restored) >= END_TO_END_PSNR[bits]
+    assert pooled_psnr(restored) >= END_TO_END_PSNR[bits]
 
 
 @WIDTHS

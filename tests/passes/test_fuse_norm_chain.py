@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.chains import CHAINS, QUANTIZERS, Mixer, before, count, fully_fused, prepared, run
+from support.chains import CHAINS, QUANTIZERS, Mixer, before, count, prepared, run
 from support.lowering import check_operators
 from support.models import CAPTURES
 from support.tolerances import BOUNDARY_STEPS, CODE_MISMATCH
@@ -101,7 +101,7 @@ def test_codes_stay_but_at_boundaries(capture: str, size: tuple[int, ...]) -> No
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_lowered_network_does_what_the_prepared_one_does(bits: int, capture: str) -> None:
     graph = prepared(capture, bits)
-    check_operators(graph, fully_fused(graph), torch.rand(SIZES[1]))
+    check_operators(graph, qmir_ao.convert_and_lower(graph), torch.rand(SIZES[1]))
 
 
 @pytest.mark.parametrize("part", ["norm_weight", "norm_bias", "norm_eps", "gate", "activation"])
@@ -198,7 +198,7 @@ class Plain(Mixer):
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_constants_and_reads_of_shapes_are_no_obstacle(capture: str) -> None:
     graph = prepared(capture, 4, Plain)
-    fused = fully_fused(graph)
+    fused = qmir_ao.convert_and_lower(graph)
     found = chains(fused.graph_module)
     assert len(found) == 2
     assert {a.activation for a in found} == {"none", "silu"}
@@ -244,7 +244,7 @@ def test_a_bad_input_raises_the_same_error(capture: str) -> None:
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_saved_and_loaded_it_is_the_same_network(capture: str, tmp_path: Any) -> None:
     graph = prepared(capture)
-    fused = fully_fused(graph)
+    fused = qmir_ao.convert_and_lower(graph)
     qmir_ao.save(fused, tmp_path / "model")
     loaded = qmir_ao.load(tmp_path / "model")
     x = torch.rand(SIZES[1])

@@ -1,4 +1,4 @@
-"""Cases of `qmir::chain_quantize` that the tests of its kernels share: layouts, chains, operands."""
+"""Cases of `qmir::chain_quantize` that its kernels' tests share: layouts, chains, operands."""
 
 from collections.abc import Sequence
 from typing import Any

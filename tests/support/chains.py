@@ -62,22 +62,17 @@ def prepared(capture: str, bits: int = 4, model: type[Mixer] = Mixer) -> GraphMo
     return graph.eval()
 
 
-def fully_fused(graph_module: GraphModule) -> LoweredModule:
-    """Lowered for the CPU with FuseNormChain behind FuseDlsStatistics."""
-    end = NAMES.index("FuseDlsStatistics") + 1
-    passes = (*CPU[:end], FuseNormChain(), *CPU[end:])
+def without_chains(graph_module: GraphModule) -> LoweredModule:
+    """Lowered for the CPU by the passes whose floats round as those of the separate operators."""
+    passes = tuple(p for p in CPU if not isinstance(p, FuseNormChain))
     return lower_graph(graph_module, dataclasses.replace(TARGETS["cpu"], passes=passes))
 
 
 def before(name: str, graph_module: GraphModule) -> GraphModule:
-    """A copy on which every pass of the CPU target before `name` ran.
-
-    FuseNormChain is in no list: its place is behind FuseDlsStatistics.
-    """
+    """A copy on which every pass of the CPU target before `name` ran."""
     result = copy.deepcopy(graph_module)
     result.eval()
-    end = NAMES.index(name) if name in NAMES else NAMES.index("FuseDlsStatistics") + 1
-    run_passes(result, CPU[:end])
+    run_passes(result, CPU[: NAMES.index(name)])
     return result
 
 

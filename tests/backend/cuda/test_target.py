@@ -22,7 +22,6 @@ from qmir_ao.ops._library import OPS
 from qmir_ao.recipes.models.mambair import CONFIGS, MambaIR
 
 WITHOUT_KERNEL = {
-    "chain_quantize": "fused for the CPU alone; the CUDA passes keep its parts",
     "rfa_quantize": "weights are folded once, when a network is lowered",
     "rfa_dequantize": "a packed weight is read as codes; only float operators ask for its values",
     "static_fake_quant": "trains the rivals, in plain torch",
@@ -95,7 +94,7 @@ def test_a_network_of_the_zoo_runs_on_the_kernels() -> None:
     with torch.no_grad():
         got = OnKernels(cuda.graph_module, launch).run(x)
     assert psnr(got, cpu(x)) >= END_TO_END_PSNR[4]
-    assert {"qlinear", "ss2d_scan_q", "dls"} <= {source for source, _ in launch.launched}
+    assert {"qlinear", "ss2d_scan_q", "chain_quantize"} <= {source for source, _ in launch.launched}
 
 
 def test_without_a_gpu_the_target_refuses_before_it_works(monkeypatch: Any) -> None:
