@@ -33,7 +33,8 @@ class FuseNormChain(Pass):
     Bounded, not exact: norm and activations round by a few units of 2^-24 otherwise than torch's,
     the step follows. At most 4 bits a code then moves only where its value lies within 1e-5 of a
     step from a rounding boundary, in less than one of 100,000 places (tests/passes); wider codes,
-    of which as many units make more of a step, are left alone.
+    of which as many units make more of a step, are left alone. What that makes of whole networks
+    is in docs/performance.md.
     """
 
     requires = ("FuseDlsStatistics",)

@@ -360,8 +360,7 @@ def save(lowered: "LoweredModule", path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], target: str = "cpu") -> "LoweredModule":
     """Read a folder written by `save`; every tensor is checked against its sha256.
 
-    A model that was lowered for one target runs on the others as well. On a GPU, an operator that
-    only the CPU's passes make (`qmir::chain_quantize`) runs as plain torch; lower for "cuda" there.
+    A model that was lowered for one target runs on the others as well.
 
     Raises:
         CheckpointError: missing, damaged or tampered files, or an operator that is not allowed.

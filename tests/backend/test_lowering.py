@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.chains import without_chains
 from support.integers import same_bytes, with_threads
-from support.lowering import check_operators, pooled_psnr
+from support.lowering import check_operators, pooled_psnr, psnr
 from support.models import CAPTURES, ConvNet, example, tiny_pair, train_step
 from support.tolerances import END_TO_END_PSNR
 from torch import Tensor, nn
@@ -75,9 +75,10 @@ def test_weights_and_activations_of_other_bits_agree(
 @pytest.mark.parametrize("bits", [4, 2])
 def test_the_light_network_agrees(bits: int) -> None:
     prepared, lowered = tiny_pair("trace", bits, "mambair-light-x2")
-    size = (1, 3, 9, 7)
-    check_operators(prepared, lowered, torch.rand(size))
-    assert end_to_end(prepared, lowered, size) >= END_TO_END_PSNR[bits]
+    x = torch.rand(1, 3, 9, 7)
+    check_operators(prepared, lowered, x)
+    with torch.no_grad():
+        assert psnr(lowered(x), prepared(x)) >= END_TO_END_PSNR[bits]
 
 
 @pairs

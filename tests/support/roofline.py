@@ -74,12 +74,22 @@ def _convolution(side: int, inputs: int, features: int, bits: int) -> Work:
     return Work(name, moved, 18.0 * pixels * inputs * features, bits)
 
 
+def _chains(pixels: int, width: int, inner: int) -> Iterator[Work]:
+    """Fused quantizers by each of the ways of backend/cuda/chain_quantize.py."""
+    outer, hidden = pixels * width, pixels * inner
+    yield Work(f"norm, token codes {pixels} x {width}", 5.0 * outer, summed=2 * outer)
+    yield Work(f"norm * silu, token codes {pixels} x {inner}", 9.0 * hidden, summed=2 * hidden)
+    yield Work(f"silu, codes {inner} x {pixels}", 9.0 * hidden, summed=hidden)
+    yield Work(f"norm, codes as planes {width} x {pixels}", 17.0 * outer, summed=2 * outer)
+
+
 def works() -> Iterator[Work]:
     """The integer work of MambaIR-light (60 channels) and MambaIR (180)."""
     for side, width, inner in ((64, 60, 72), (320, 60, 72), (480, 60, 72), (64, 180, 360)):
         pixels, elements = side * side, side * side * width
         yield Work(f"dls_qparams {pixels} x {width}", 4.0 * elements, summed=elements)
         yield Work(f"dls_quantize {pixels} x {width}", 5.0 * elements)
+        yield from _chains(pixels, width, inner)
         for bits in (4, 8):
             yield _linear(pixels, width, 2 * inner, bits)
             yield _linear(pixels, inner, width, bits)

@@ -8,12 +8,14 @@ import torch
 pytest.importorskip("hypothesis", reason="the operands are drawn by modules that need it")
 
 from support.cases import DLS_RANGES, DLS_SHAPES, DLS_V, DLS_W, dls_case
+from support.chain_cases import CHAINS, chain_arguments, same_results, views
 from support.convolutions import NAMED, offsets, operands
 from support.gpu import moved, needs_gpu
 from support.integers import linear_operands, same_bytes
-from support.tolerances import PAIR_STATISTIC
+from support.tolerances import BOUNDARY_STEPS, PAIR_STATISTIC, chain_grid
 
 import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
+from qmir_ao.ops.chain_quantize import STATISTICS, ChainArgs, chain_values
 from qmir_ao.ops.conv2d import conv2d_acc_ref, conv2d_ref
 from qmir_ao.ops.linear import linear_acc_ref, linear_ref
 from qmir_ao.ops.pack import pack_ref
@@ -65,3 +67,31 @@ def test_dls(shape: tuple[int, ...], grid: tuple[int, int]) -> None:
     assert same(QMIR.dls_dequantize, QMIR.dls_dequantize, (codes, step, shift))
     for bits in (2, 4):
         assert same(QMIR.pack, pack_ref, (codes, bits))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("size", [(3, 7, 9, 11), (2, 72, 17, 5), (1, 60, 128, 130)], ids=str)
+def test_chain_quantize(size: tuple[int, ...], statistics: str, chain: str) -> None:
+    """The CPU kernel's bytes where doubles are fast, elsewhere codes but at boundaries."""
+    exact = torch.cuda.get_device_capability() in ((8, 0), (9, 0), (10, 0))
+    for last in (True, False)[: 1 if statistics == "token" else 2]:
+        for x in views(size, last).values():
+            args = chain_arguments(x, -1 if last else -3, statistics, **CHAINS[chain])
+            wanted = QMIR.chain_quantize(*args)
+            found = moved(list(QMIR.chain_quantize(*moved(tuple(args), "cuda"))), "cpu")
+            if exact:
+                assert same_results(found, wanted)
+            else:
+                assert_near(args, found, wanted)
+
+
+def assert_near(args: ChainArgs, found: Any, wanted: Any) -> None:
+    wide = ChainArgs(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    bound = chain_grid(wide)
+    codes, step, shift = wanted
+    assert ((found[1] - step).abs() <= bound).all() and ((found[2] - shift).abs() <= bound).all()
+    y = chain_values(wide)
+    t = (y.reshape(step.numel(), -1) + shift[:, None]) / step[:, None]
+    near = (((t - t.floor()) - 0.5).abs() < BOUNDARY_STEPS).reshape(y.shape)
+    assert not ((found[0] != codes) & ~near).any()

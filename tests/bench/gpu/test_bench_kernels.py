@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import oracles
 from support.cases import DLS_V, DLS_W, rfa_case
 from support.gpu import EventClock, needs_gpu, rotating
@@ -158,3 +159,36 @@ def test_rfa(benchmark: Any, shape: Any, bits: int, name: str, cold: bool) -> No
     assert all(t.isfinite().all() for t in runs[name](*make()))
     benchmark.group = f"rfa {bits} bit forward + backward {shape} {'cold' if cold else 'warm'}"
     measure(benchmark, runs[name], make, cold)
+
+
+def fused(x: Tensor, gate: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """Codes of norm(x) * silu(gate), a step for each token, by one operator."""
+    chain = (None, None, 1e-5, "none", gate, "silu", None)
+    codes: Tensor = QMIR.chain_quantize(x, *chain, w, v, -1, -8, 7, "token", False)[0]
+    return codes
+
+
+def separate(x: Tensor, gate: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """The same by torch's operators and those of the quantizer."""
+    y = (F.layer_norm(x, x.shape[-1:]) * F.silu(gate)).flatten(0, -2)
+    codes: Tensor = QMIR.dls_quantize(y, *QMIR.dls_qparams(y, w, v, -8, 7, False, False), -8, 7)
+    return codes
+
+
+def as_many_bytes(x: Tensor, gate: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy that moves as much as the fused operator: 9 bytes for each of its elements."""
+    return x.clone(), gate.flatten()[: gate.numel() // 8].clone()
+
+
+@memory
+@pytest.mark.parametrize("shape", [(1, 4096, 72), (1, 102400, 72), (1, 4096, 360)], ids=str)
+@pytest.mark.parametrize("name", ["qmir", "separate", "copy"])
+def test_chain_quantize(benchmark: Any, shape: Any, name: str, cold: bool) -> None:
+    def make() -> tuple[Tensor, ...]:
+        pair = (torch.randn(shape, device="cuda") for _ in range(2))
+        return (*pair, DLS_W.cuda(), DLS_V.cuda())
+
+    run = {"qmir": fused, "separate": separate, "copy": as_many_bytes}[name]
+    run(*make())
+    benchmark.group = f"norm * silu(gate), token codes {shape} {'cold' if cold else 'warm'}"
+    measure(benchmark, run, make, cold)
