@@ -2,8 +2,8 @@
 // strides, the statistics of the result, and its codes; three ways, chosen by the launcher:
 //
 // - tokens: rows of channels with a step each. One kernel does everything in shared memory.
-// - chunks and codes: no norm, and memory follows the order of the codes. Values are made twice, for
-//   the sums of a chunk and for its codes; qmir_dls_finish stands in between.
+// - chunks and codes: no norm, and memory follows the order of the codes. Values are made twice,
+//   for the sums of a chunk and for its codes; qmir_dls_finish stands in between.
 // - values: everything else. The values are written in the order of the codes, for cuda/dls.cu.
 //
 // Arithmetic and the order of sums are those of backend/cpu/csrc/chain_quantize.cpp, to the byte.
@@ -116,8 +116,8 @@ QMIR_DEVICE bool by_pixel(const Strides& by) { return by.pixel == 1 && by.channe
 // whole warps go on together.
 template <class Body>
 QMIR_DEVICE void for_rows(const Tile& tile, const Body& body) {
-  for (int i = (int)threadIdx.x / kLanes; i < kMostRows; i += kHalfWarps) {
-    if (i - (int)threadIdx.x / kLanes >= tile.rows) return;
+  for (int first = 0; first < tile.rows; first += kHalfWarps) {
+    const int i = first + (int)threadIdx.x / kLanes;
     body(i, tile.row(min_of(i, tile.rows - 1)));
   }
 }

@@ -1,5 +1,5 @@
-// Statistics of groups of activations on the device, in the order of backend/cpu/csrc/reduce.h: chunks
-// of 4096, sixteen lanes each. Both targets find the same bytes.
+// Statistics of groups of activations on the device, in the order of backend/cpu/csrc/reduce.h:
+// chunks of 4096, sixteen lanes each. Both targets find the same bytes.
 //
 // Where an architecture does 64 float operations in the time of a double one, the lanes add pairs
 // of floats. Their sums are off by 2^-43 of the largest partial sum, which the statistics, rounded
@@ -96,7 +96,7 @@ QMIR_DEVICE void chunk_sums(const Values& at, int count, float first, double& su
   both(lane_sum<DoubleSum>(at, count, first, lane, squared));
 }
 
-// Both sums of up to 2^31 values in every lane of a half of a warp; the halves add up different ones.
+// Both sums of up to 2^31 values, in every lane of a half of a warp; each half adds up its own.
 template <class Values>
 QMIR_DEVICE void half_warp_sums(const Values& at, int count, float first, double& sum,
                                 double& squares) {
