@@ -10,6 +10,7 @@ from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.fold import FoldConstants, FoldWeights
 from qmir_ao.passes.fuse_cross_scan import FuseCrossScan
 from qmir_ao.passes.fuse_dls_statistics import FuseDlsStatistics
+from qmir_ao.passes.fuse_epilogue import FuseEpilogue
 from qmir_ao.passes.invariants import INVARIANTS, check_invariants
 from qmir_ao.passes.lay_out_once import LayOutOnce
 from qmir_ao.passes.lower import DecomposeFakeQuantize, LowerConv, LowerLinear, LowerScan
@@ -44,6 +45,8 @@ CPU: tuple[Pass, ...] = (
     LowerScan(),
     # After the integer operators are in: dequantized values that nothing reads are gone by then.
     DropIdentity(),
+    # After DropIdentity: what stochastic depth leaves behind stands between operator and sum.
+    FuseEpilogue(),
     # After DropIdentity: a tensor and the same tensor turned twice are one tensor then.
     ShareQuantize(),
     # After ShareQuantize, which looks for quantizers. FuseNormChain would grow what it makes, but
@@ -64,6 +67,7 @@ CUDA: tuple[Pass, ...] = (
     LowerConv(),
     LowerScan(),
     DropIdentity(),
+    FuseEpilogue(),
     # No fusions of quantizers here: qmir::chain_quantize has no CUDA kernel, its parts have.
     ShareQuantize(),
     LayOutOnce(),

@@ -63,7 +63,7 @@ def check_conv2d(
     bias: Tensor | None,
     x_offset: Tensor | None,
     geometry: Geometry,
-    epilogue: Epilogue = Epilogue(),
+    epilogue: Epilogue,
 ) -> tuple[int, int]:
     """Refuse operands that do not fit `qmir::conv2d`; return the output's height and width."""
     size = check_convolution("conv2d", x, weight, geometry)

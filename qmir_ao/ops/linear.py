@@ -61,7 +61,7 @@ def check_linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
-    epilogue: Epilogue = Epilogue(),
+    epilogue: Epilogue,
 ) -> None:
     """Refuse operands that do not fit `qmir::linear`."""
     check_linear_acc("linear", x, weight, bits, out_features)
