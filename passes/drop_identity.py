@@ -1,6 +1,6 @@
 """Remove operators that return what they get."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from qmir_ao.capture.recurrence import call_name
 from qmir_ao.passes.base import Pass, remove_unread, writes_near
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.passes.lower import code_range
-from qmir_ao.passes.sizes import Sizes, known_sizes
+from qmir_ao.passes.sizes import Known, known_sizes
 from qmir_ao.quant.patterns import arguments
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
@@ -49,9 +49,9 @@ class DropIdentity(Pass):
         graph = graph_module.graph
         if writes_near(list(graph.nodes)):
             return 0  # a copy of a tensor that is written to is no identity
-        changed, sizes = 0, known_sizes(graph_module)
+        changed, known = 0, known_sizes(graph_module)
         for node in list(graph.nodes):
-            new = same_as(node) or _times_one(node, sizes)
+            new = same_as(node) or _times_one(node, known)
             if new is None:
                 changed += _merge_turns(graph_module, node)
                 continue
@@ -77,14 +77,14 @@ def same_as(node: Node) -> Node | None:
     return None if rule is None else rule(node, source)
 
 
-def _times_one(node: Node, sizes: Mapping[Node, Sizes]) -> Node | None:
+def _times_one(node: Node, known: Known) -> Node | None:
     """The operand that a product with ones has the shape and values of."""
-    if call_name(node) != "mul" or len(node.args) != 2 or node.kwargs or node not in sizes:
+    if call_name(node) != "mul" or len(node.args) != 2 or node.kwargs:
         return None
     left, right = arguments(node)
     for kept, ones in ((left, right), (right, left)):
-        if isinstance(ones, Node) and call_name(ones) == "new_ones" and ones in sizes:
-            return kept if sizes.get(kept) == sizes[node] else None
+        if isinstance(ones, Node) and call_name(ones) == "new_ones" and ones in known.floats:
+            return kept if isinstance(kept, Node) and known.alike(kept, node) else None
     return None
 
 
@@ -289,6 +289,6 @@ def identities(graph_module: GraphModule) -> list[Node]:
     """Operators that `DropIdentity` would remove."""
     if writes_near(list(graph_module.graph.nodes)):
         return []
-    sizes = known_sizes(graph_module)
+    known = known_sizes(graph_module)
     nodes = graph_module.graph.nodes
-    return [n for n in nodes if same_as(n) is not None or _times_one(n, sizes) is not None]
+    return [n for n in nodes if same_as(n) is not None or _times_one(n, known) is not None]

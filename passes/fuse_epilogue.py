@@ -12,7 +12,7 @@ from qmir_ao.passes.base import Pass, writes_near
 from qmir_ao.passes.chain import PARTS, module_of_part
 from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.epilogues import OWN_ARGUMENTS, epilogue_of, own_arguments
-from qmir_ao.passes.sizes import Sizes, known_sizes, permutation
+from qmir_ao.passes.sizes import Known, known_sizes, permutation
 from qmir_ao.quant.patterns import arguments
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
@@ -74,11 +74,11 @@ class FuseEpilogue(Pass):
         if writes_near(list(graph_module.graph.nodes)):
             return 0  # a residual is read earlier or later than by the sum
         changed = 0
-        sizes = known_sizes(graph_module)
+        known = known_sizes(graph_module)
         moved = False
         for node in list(graph_module.graph.nodes):
             if _is_plain(node, _SUMS, 2):
-                found = _sum(node, sizes)
+                found = _sum(node, known)
             elif _is_plain(node, _RELUS, 1):
                 found = _producer(arguments(node)[0]), None
             else:
@@ -119,7 +119,7 @@ def _producer(node: Node) -> _Producer | None:
     return _Producer(node, permute)
 
 
-def _sum(node: Node, sizes: dict[Node, Sizes]) -> tuple[_Producer | None, _Residual | None]:
+def _sum(node: Node, known: Known) -> tuple[_Producer | None, _Residual | None]:
     left, right = arguments(node)
     for own, other in ((right, left), (left, right)):
         producer = _producer(own)
@@ -127,30 +127,29 @@ def _sum(node: Node, sizes: dict[Node, Sizes]) -> tuple[_Producer | None, _Resid
             producer is not None
             and own is not other
             and epilogue_of(producer.node).residual is None
-            and own in sizes
-            and sizes.get(other) == sizes[own]
+            and known.alike(own, other)
         ):
-            return producer, _residual(other, producer, sizes)
+            return producer, _residual(other, producer, known)
     return None, None
 
 
-def _residual(node: Node, producer: _Producer, sizes: dict[Node, Sizes]) -> _Residual:
+def _residual(node: Node, producer: _Producer, known: Known) -> _Residual:
     """The operand of a sum, without the factors of its channels if that is all it is made of."""
     if _is_plain(node, _PRODUCTS, 2) and len(node.users) == 1:
         left, right = arguments(node)
         for tensor, scale in ((left, right), (right, left)):
-            if _is_channelwise(scale, producer, sizes) and sizes.get(tensor) == sizes[node]:
+            if _is_channelwise(scale, producer, known) and known.alike(tensor, node):
                 return _Residual(tensor, scale, node)
     return _Residual(node, None, None)
 
 
-def _is_channelwise(scale: Node, producer: _Producer, sizes: dict[Node, Sizes]) -> bool:
+def _is_channelwise(scale: Node, producer: _Producer, known: Known) -> bool:
     """Whether a node is a constant of one value for each output channel, along their dimension."""
-    if scale.op != "get_attr" or scale not in sizes:
+    if scale.op != "get_attr" or scale not in known.floats:
         return False
-    rank = 4 if producer.node.target is qmir.conv2d.default else len(sizes[scale])
+    shape = known.sizes[scale]
+    rank = 4 if producer.node.target is qmir.conv2d.default else len(shape)
     behind = rank - 1 - producer.channel_dim(rank)
-    shape = sizes[scale]
     wanted = (producer.features, *(1 for _ in range(behind)))
     ahead = shape[: max(len(shape) - len(wanted), 0)]
     return len(shape) <= rank and all(s == 1 for s in ahead) and shape[len(ahead) :] == wanted

@@ -1,11 +1,11 @@
-"""Sizes of float tensors in terms of each other, for graphs whose capture recorded none.
+"""Sizes of tensors in terms of each other, for graphs whose capture recorded none.
 
 An export records every shape; a symbolic trace none. What operators do to sizes says enough to see
 that two tensors have the same: a size is a number or a symbol, the dimension of the tensor where it
-first appeared. A tensor of another type than float32, or made by an operator not named here, has
-no entry.
+first appeared. What an operator not named here makes is unknown.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +23,13 @@ aten, qmir = torch.ops.aten, torch.ops.qmir
 Sizes = tuple[Any, ...]
 """Numbers, symbols of an export, or pairs (node, dimension)."""
 
+_MAKE_FLOATS = frozenset(
+    {"layer_norm", "dls_dequantize", "selective_scan_q", "ss2d_scan_q", "adaptive_avg_pool2d"}
+)
+_KEEP_TYPE = frozenset(
+    "silu gelu relu sigmoid tanh leaky_relu softmax neg exp contiguous clone roll permute reshape "
+    "view new_ones".split()
+)
 _ELEMENTWISE = frozenset(
     "silu gelu relu sigmoid tanh leaky_relu layer_norm softmax neg exp contiguous clone roll "
     "dls_quantize dls_dequantize selective_scan_q ss2d_scan_q".split()
@@ -33,30 +40,62 @@ _LINEARS = (aten.linear.default, qmir.linear.default)
 _SPLITS = frozenset({"chunk", "split", "split_with_sizes"})
 
 
-def known_sizes(graph_module: GraphModule) -> dict[Node, Sizes]:
-    """Sizes of every tensor of a graph that has some."""
-    found: dict[Node, Sizes] = {}
+@dataclasses.dataclass
+class Known:
+    """What is known of a graph's tensors.
+
+    Attributes:
+        sizes: of each tensor whose rank is certain.
+        floats: the tensors that are certain to be float32.
+    """
+
+    sizes: dict[Node, Sizes] = dataclasses.field(default_factory=dict)
+    floats: set[Node] = dataclasses.field(default_factory=set)
+
+    def alike(self, a: Node, b: Node) -> bool:
+        """Whether two tensors are float32 of the same sizes."""
+        return {a, b} <= self.floats and a in self.sizes and self.sizes[a] == self.sizes.get(b)
+
+
+def known_sizes(graph_module: GraphModule) -> Known:
+    """What a graph says of its tensors."""
+    known = Known()
     for node in graph_module.graph.nodes:
-        sizes = _recorded(node)
-        if sizes is None and known_value(node) is None:
-            sizes = _of_node(graph_module, node, found)
+        value = known_value(node)
+        if value is None and node.op == "get_attr":
+            value = attribute(graph_module, str(node.target))
+        if value is None:
+            sizes = _of_node(graph_module, node, known.sizes)
+            is_float = _is_float(node, known.floats)
+        elif isinstance(value, Tensor):
+            sizes = tuple(s if isinstance(s, int) else s.node.expr for s in value.shape)
+            is_float = value.dtype == torch.float32
+        else:
+            continue
         if sizes is not None:
-            found[node] = sizes
-    return found
+            known.sizes[node] = sizes
+        if is_float:
+            known.floats.add(node)
+    return known
 
 
-def _recorded(node: Node) -> Sizes | None:
-    value = known_value(node)
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        return None
-    return tuple(s if isinstance(s, int) else s.node.expr for s in value.shape)
+def _is_float(node: Node, floats: set[Node]) -> bool:
+    """Whether a node makes float32 in a network of that type."""
+    name = call_name(node)
+    if node.target in (*_CONVOLUTIONS, *_LINEARS) or name in _MAKE_FLOATS:
+        return True
+    operands = node.all_input_nodes
+    if name in _BROADCASTS:
+        return bool(operands) and floats.issuperset(operands)
+    source: Any = node.args[0] if node.args else None
+    if name == "getitem" and isinstance(source, Node) and call_name(source) in _SPLITS:
+        source = source.args[0]
+    elif name not in _KEEP_TYPE:
+        return False
+    return source in floats
 
 
 def _of_node(graph_module: GraphModule, node: Node, found: Mapping[Node, Sizes]) -> Sizes | None:
-    if node.op == "get_attr":
-        value = attribute(graph_module, str(node.target))
-        is_float = isinstance(value, Tensor) and value.dtype == torch.float32
-        return tuple(value.shape) if is_float else None
     if node.op not in ("call_function", "call_method"):
         return None
     source = node.args[0] if node.args else None
@@ -66,10 +105,8 @@ def _of_node(graph_module: GraphModule, node: Node, found: Mapping[Node, Sizes])
     name = call_name(node)
     if name in _BROADCASTS:
         return _broadcast([found.get(a) if isinstance(a, Node) else () for a in node.args[:2]])
-    if name in ("reshape", "view"):
-        return _reshaped(node, found)
-    if name == "new_ones":
-        return _made(node, found)
+    if name in ("reshape", "view", "new_ones"):
+        return _listed(node, found)
     if name == "getitem" and isinstance(source, Node) and call_name(source) in _SPLITS:
         return _piece(source, arguments(node)[1], found)
     if sizes is None:
@@ -127,18 +164,18 @@ def _padded(sizes: Sizes, rank: int) -> Sizes:
 
 
 def _size(argument: Any, found: Mapping[Node, Sizes]) -> Any:
-    """What a size is where it is a number or read off a tensor."""
+    """A size that is a number or read off a tensor; None of others."""
     if isinstance(argument, int):
         return argument if argument >= 0 else None
     if not isinstance(argument, Node):
         return None
     name, args = call_name(argument), arguments(argument)
     if name == "getitem" and isinstance(args[0], Node) and isinstance(args[1], int):
-        shape, index = args[0], args[1]
+        shape = args[0]
         reads = (call_name(shape) == "size" and len(shape.args) == 1) or (
             shape.target is getattr and shape.args[1] == "shape"
         )
-        return _entry(shape.args[0], index, found) if reads else None
+        return _entry(shape.args[0], args[1], found) if reads else None
     if name in ("size", "sym_size") and len(args) == 2 and isinstance(args[1], int):
         return _entry(args[0], args[1], found)
     return None
@@ -146,27 +183,26 @@ def _size(argument: Any, found: Mapping[Node, Sizes]) -> Any:
 
 def _entry(tensor: Any, index: int, found: Mapping[Node, Sizes]) -> Any:
     sizes = found.get(tensor)
-    return None if sizes is None or not -len(sizes) <= index < len(sizes) else sizes[index]
+    if sizes is None:
+        return (tensor, index)
+    return sizes[index] if -len(sizes) <= index < len(sizes) else None
 
 
 def _listed(node: Node, found: Mapping[Node, Sizes]) -> Sizes | None:
-    """The sizes that a call names, as a list or one by one."""
+    """The sizes that a call names, as a list or one by one; symbols for what is computed."""
     given = arguments(node)[1:]
     flat = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
-    sizes = tuple(_size(a, found) for a in flat)
-    return None if None in sizes or not sizes else sizes
+    if not flat or any(isinstance(a, list | tuple) or _is_shape(a) for a in flat):
+        return None
+    sizes = (_size(a, found) for a in flat)
+    return tuple((node, i) if s is None else s for i, s in enumerate(sizes))
 
 
-def _reshaped(node: Node, found: Mapping[Node, Sizes]) -> Sizes | None:
-    source: Any = node.args[0]
-    # A reshape of codes or sizes is no float tensor.
-    return _listed(node, found) if source in found and not node.kwargs else None
-
-
-def _made(node: Node, found: Mapping[Node, Sizes]) -> Sizes | None:
-    """Of new_ones, in the type of a tensor that has an entry."""
-    plain = all(value is None or name == "pin_memory" for name, value in node.kwargs.items())
-    return _listed(node, found) if plain and node.args[0] in found else None
+def _is_shape(argument: Any) -> bool:
+    """Whether an argument is a whole shape, of which nobody knows how many sizes it has."""
+    return isinstance(argument, Node) and (
+        argument.target is getattr or (call_name(argument) == "size" and len(argument.args) == 1)
+    )
 
 
 def _piece(split: Node, index: Any, found: Mapping[Node, Sizes]) -> Sizes | None:
