@@ -45,11 +45,15 @@ class _Producer:
 
 @dataclasses.dataclass(frozen=True)
 class _Residual:
-    """What is added: a tensor of the same size, and the factors of its channels."""
+    """What is added: a tensor of the same size, and the factors of its channels.
+
+    `leads` where it is the sum's first operand, whose order in memory the result takes.
+    """
 
     tensor: Node
     scale: Node | None
     product: Node | None
+    leads: bool
 
 
 class FuseEpilogue(Pass):
@@ -129,18 +133,18 @@ def _sum(node: Node, known: Known) -> tuple[_Producer | None, _Residual | None]:
             and epilogue_of(producer.node).residual is None
             and known.alike(own, other)
         ):
-            return producer, _residual(other, producer, known)
+            return producer, _residual(other, producer, known, other is left)
     return None, None
 
 
-def _residual(node: Node, producer: _Producer, known: Known) -> _Residual:
+def _residual(node: Node, producer: _Producer, known: Known, leads: bool) -> _Residual:
     """The operand of a sum, without the factors of its channels if that is all it is made of."""
     if _is_plain(node, _PRODUCTS, 2) and len(node.users) == 1:
         left, right = arguments(node)
         for tensor, scale in ((left, right), (right, left)):
             if _is_channelwise(scale, producer, known) and known.alike(tensor, node):
-                return _Residual(tensor, scale, node)
-    return _Residual(node, None, None)
+                return _Residual(tensor, scale, node, leads)
+    return _Residual(node, None, None, leads)
 
 
 def _is_channelwise(scale: Node, producer: _Producer, known: Known) -> bool:
@@ -158,12 +162,16 @@ def _is_channelwise(scale: Node, producer: _Producer, known: Known) -> bool:
 def _add_residual(node: Node, producer: _Producer, residual: _Residual) -> None:
     graph, new, tensor = node.graph, producer.node, residual.tensor
     order = None if producer.permute is None else permutation(producer.permute)
-    if order is not None:
-        back = [order.index(d) for d in range(len(order))]
-        with graph.inserting_before(node):
-            tensor = graph.call_function(aten.permute.default, (residual.tensor, back))
-        if "val" in new.meta:
-            tensor.meta["val"] = new.meta["val"]
+    with graph.inserting_before(node):
+        if order is not None:
+            back = [order.index(d) for d in range(len(order))]
+            tensor = graph.call_function(aten.permute.default, (tensor, back))
+        elif new.target is qmir.conv2d.default and not residual.leads:
+            # The sum lies in rows as its first operand did, and views of it rely on that. Costs
+            # nothing where the residual lies so as well.
+            tensor = graph.call_function(aten.contiguous.default, (tensor,))
+    if tensor is not residual.tensor and "val" in new.meta:
+        tensor.meta["val"] = new.meta["val"]
     new.args = (*own_arguments(new), tensor, residual.scale, "none")
     new.meta[PARTS] = tuple(
         module_of_part(part) for part in (node, residual.product) if part is not None
