@@ -12,6 +12,7 @@ from qmir_ao.passes.base import Pass, writes_near
 from qmir_ao.passes.chain import PARTS, module_of_part
 from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.epilogues import OWN_ARGUMENTS, epilogue_of, own_arguments
+from qmir_ao.passes.lay_out_once import may_lie_otherwise
 from qmir_ao.passes.sizes import Known, known_sizes, permutation
 from qmir_ao.quant.patterns import arguments
 
@@ -62,9 +63,10 @@ class FuseEpilogue(Pass):
     The result before them is never written: x + conv(y), x * skip_scale + linear(y), relu(conv(y)),
     also where a permute stands behind a convolution. Then the residual is read as it lies, and the
     result lies like it. A sum is taken where nothing else reads the operator's result, the other
-    operand is a float32 tensor of its size and was made otherwise; factors, where they are one
-    constant for each channel. Other activations round otherwise than torch's and are left to the
-    quantizer that reads them (`FuseNormChain`). Exact: every operation rounds as it did.
+    operand is a float32 tensor of its size, and no view of the sum would miss its order in memory;
+    factors, where they are one constant for each channel. Other activations round otherwise than
+    torch's and are left to the quantizer that reads them (`FuseNormChain`). Exact: every operation
+    rounds as it did.
 
         before: y = linear(q, ...); out = relu(add(mul(x, scale), y))
         after:  out = linear(q, ..., residual=x, residual_scale=scale, activation="relu")
@@ -132,9 +134,19 @@ def _sum(node: Node, known: Known) -> tuple[_Producer | None, _Residual | None]:
             and own is not other
             and epilogue_of(producer.node).residual is None
             and known.alike(own, other)
+            and not _would_turn(producer, other, other is left)
         ):
             return producer, _residual(other, producer, known, other is left)
     return None, None
+
+
+def _would_turn(producer: _Producer, other: Node, leads: bool) -> bool:
+    """Whether an image would come to lie as its residual, while the sum lay in rows.
+
+    Views of a sum may rely on its order in memory, which is that of its first operand.
+    """
+    in_rows = producer.node.target is qmir.conv2d.default and producer.permute is None
+    return in_rows and not leads and may_lie_otherwise(other)
 
 
 def _residual(node: Node, producer: _Producer, known: Known, leads: bool) -> _Residual:
@@ -167,8 +179,7 @@ def _add_residual(node: Node, producer: _Producer, residual: _Residual) -> None:
             back = [order.index(d) for d in range(len(order))]
             tensor = graph.call_function(aten.permute.default, (tensor, back))
         elif new.target is qmir.conv2d.default and not residual.leads:
-            # The sum lies in rows as its first operand did, and views of it rely on that. Costs
-            # nothing where the residual lies so as well.
+            # Costs nothing where the residual lies in rows, as seems certain; see `_would_turn`.
             tensor = graph.call_function(aten.contiguous.default, (tensor,))
     if tensor is not residual.tensor and "val" in new.meta:
         tensor.meta["val"] = new.meta["val"]

@@ -274,13 +274,8 @@ TAKEN = {
         False,
         "none",
     ),
-    "views of the sum": (
-        lambda _, x, y: (
-            (y + x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2))
-            .flatten(1)
-            .view(x.shape[0], -1)
-            .reshape(x.shape)
-        ),
+    "turned residual first": (
+        lambda _, x, y: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) + y,
         True,
         False,
         "none",
@@ -313,18 +308,20 @@ def test_forms_that_are_taken(name: str, capture: str) -> None:
 
 
 @captures
-def test_a_channels_last_residual_behind_a_sum_keeps_the_sum_in_rows(capture: str) -> None:
-    """`view` of the sum needs rows, as it had them when the convolution came first."""
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_sum_of_which_there_are_views_lies_in_rows(turned: bool, capture: str) -> None:
+    """Where a graph shows that the residual does not, it stays; else a copy would be made."""
 
     def join(_: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        other = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        last = x.contiguous(memory_format=torch.channels_last)
+        other = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if turned else last
         return (y + other).view(x.shape[0], -1).reshape(x.shape)
 
     torch.manual_seed(0)
     graph = before("FuseEpilogue", prepare(body(join)(), capture))
     x = torch.rand(2, 3, 9, 11)
     want = run(graph, x)
-    assert FuseEpilogue()(graph).modified
+    assert FuseEpilogue()(graph).modified is not turned
     assert same_bytes(run(graph, x), want)
 
 
