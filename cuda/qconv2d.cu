@@ -258,18 +258,19 @@ QMIR_DEVICE void write(const Accumulator& acc, const ConvShape& s, const Block& 
     if (feature >= s.group_features()) continue;
     const int o = block.group * s.group_features() + feature;
     const auto of_feature = value.feature(o);
+    const ConvEnd::Plane plane = value.plane(s, block.sample, o);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       const int pixel = lane.pixel + 8 * j + 2 * lane.rank;
       const int32_t* sums = &acc[i / 2 * kColumnTiles + j][i % 2 * 2];
       const int first = pixels.place[pixel], second = pixels.place[pixel + 1];
       if (first < 0) continue;
-      const int64_t at = value.place(s, block.sample, o, first);
+      const int64_t at = plane[first];
       const T left = value.finish(of_feature(pixel, sums[0]), at, o);
       if (second < 0) {
         y[at] = left;
       } else {
-        const int64_t next = value.place(s, block.sample, o, second);
+        const int64_t next = plane[second];
         const T right = value.finish(of_feature(pixel + 1, sums[1]), next, o);
         if (next == at + 1 && at % 2 == 0) {
           *reinterpret_cast<Pair*>(y + at) = pair_of(left, right);
@@ -291,8 +292,8 @@ struct Accumulators {
   QMIR_DEVICE Feature feature(int) const {
     return {};
   }
-  QMIR_DEVICE int64_t place(const ConvShape& s, int sample, int o, int64_t in_plane) const {
-    return ConvEnd{}.place(s, sample, o, in_plane);
+  QMIR_DEVICE ConvEnd::Plane plane(const ConvShape& s, int sample, int o) const {
+    return ConvEnd{}.plane(s, sample, o);
   }
   QMIR_DEVICE int32_t finish(int32_t acc, int64_t, int) const {
     return acc;
@@ -318,8 +319,8 @@ struct Affine {
   QMIR_DEVICE Feature feature(int o) const {
     return {in.feature(sample, o), in.constant + o, pixels};
   }
-  QMIR_DEVICE int64_t place(const ConvShape& s, int sample, int o, int64_t in_plane) const {
-    return end.place(s, sample, o, in_plane);
+  QMIR_DEVICE ConvEnd::Plane plane(const ConvShape& s, int sample, int o) const {
+    return end.plane(s, sample, o);
   }
   QMIR_DEVICE float finish(float y, int64_t at, int o) const {
     return end.end(y, at, o);

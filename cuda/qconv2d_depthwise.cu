@@ -26,8 +26,8 @@ struct Task {
     some = row < s.rows.out;
   }
 
-  QMIR_DEVICE int64_t place(const ConvShape& s, const ConvEnd& end) const {
-    return end.place(s, sample, feature, (int64_t)row * s.columns.out + column);
+  QMIR_DEVICE int64_t pixel(const ConvShape& s) const {
+    return (int64_t)row * s.columns.out + column;
   }
 };
 
@@ -76,8 +76,9 @@ QMIR_DEVICE float finish(float y, const Epilogue& end, int64_t at, int feature) 
 template <class T>
 QMIR_DEVICE void write(const ConvShape& s, const Task& task, const ConvEnd& end,
                        T (&results)[kPixels], T* y) {
-  const int64_t at = task.place(s, end), step = end.channels_last ? s.features : 1;
-  if (s.columns.out % kPixels == 0 && step == 1) {
+  const ConvEnd::Plane plane = end.plane(s, task.sample, task.feature);
+  const int64_t at = plane[task.pixel(s)];
+  if (s.columns.out % kPixels == 0 && plane.step == 1) {
 #pragma unroll
     for (int p = 0; p < kPixels; ++p)
       results[p] = finish(results[p], end.end, at + p, task.feature);
@@ -87,7 +88,8 @@ QMIR_DEVICE void write(const ConvShape& s, const Task& task, const ConvEnd& end,
 #pragma unroll
   for (int p = 0; p < kPixels; ++p)
     if (task.column + p < s.columns.out)
-      y[at + p * step] = finish(results[p], end.end, at + p * step, task.feature);
+      y[at + p * plane.step] =
+          finish(results[p], end.end, at + p * plane.step, task.feature);
 }
 
 template <int kBits>

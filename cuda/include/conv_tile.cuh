@@ -71,10 +71,19 @@ struct ConvEnd {
   Epilogue end;
   bool channels_last;
 
-  // Place of a result in memory, from its place in the plane of a feature.
-  QMIR_DEVICE int64_t place(const ConvShape& s, int sample, int o, int64_t in_plane) const {
-    return channels_last ? ((int64_t)sample * s.pixels() + in_plane) * s.features + o
-                         : ((int64_t)sample * s.features + o) * s.pixels() + in_plane;
+  // The first result of a feature, and the distance to the next one.
+  struct Plane {
+    int64_t first;
+    int step;
+
+    QMIR_DEVICE int64_t operator[](int64_t pixel) const {
+      return first + pixel * step;
+    }
+  };
+
+  QMIR_DEVICE Plane plane(const ConvShape& s, int sample, int o) const {
+    if (channels_last) return {(int64_t)sample * s.pixels() * s.features + o, s.features};
+    return {((int64_t)sample * s.features + o) * s.pixels(), 1};
   }
 };
 
