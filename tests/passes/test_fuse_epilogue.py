@@ -205,7 +205,7 @@ def test_what_passes_did_and_comparisons_name_the_operators(capture: str, tmp_pa
 
 
 class Body(nn.Module):
-    """A convolution of 11 features between float ones; subclasses add something to its result."""
+    """A convolution of 11 features between float ones; subclasses join its result otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class Body(nn.Module):
         return self.last(self.join(x, self.body(x)))
 
     def join(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
+        return x + y
 
 
 def body(join: Any) -> type[Body]:
