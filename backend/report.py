@@ -224,8 +224,7 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
     plain = [
         n
         for n in graph_module.graph.nodes
-        if n.op == "get_attr"
-        and any(u.target not in KINDS or n is epilogue_of(u).residual_scale for u in n.users)
+        if n.op == "get_attr" and any(u.target not in KINDS or n in epilogue_of(u) for u in n.users)
     ]
     targets = {n.target: n for n in plain}
     return LoweringReport(operators, floats, _bytes(graph_module, *targets.values()))

@@ -13,6 +13,7 @@ from qmir_ao.passes.chain import PARTS, module_of_part
 from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.epilogues import OWN_ARGUMENTS, epilogue_of, own_arguments
 from qmir_ao.passes.lay_out_once import may_lie_otherwise
+from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.sizes import Known, known_sizes, permutation
 from qmir_ao.quant.patterns import arguments
 
@@ -64,9 +65,9 @@ class FuseEpilogue(Pass):
     also where a permute stands behind a convolution. Then the residual is read as it lies, and the
     result lies like it. A sum is taken where nothing else reads the operator's result, the other
     operand is a float32 tensor of its size, and no view of the sum would miss its order in memory;
-    factors, where they are one constant for each channel. Other activations round otherwise than
-    torch's and are left to the quantizer that reads them (`FuseNormChain`). Exact: every operation
-    rounds as it did.
+    factors, where they are one constant for each channel. The channel shift of a quantizer stays
+    its own (`FuseDlsStatistics`). Other activations round otherwise than torch's and are left to
+    the quantizer that reads them (`FuseNormChain`). Exact: every operation rounds as it did.
 
         before: y = linear(q, ...); out = relu(add(mul(x, scale), y))
         after:  out = linear(q, ..., residual=x, residual_scale=scale, activation="relu")
@@ -83,7 +84,7 @@ class FuseEpilogue(Pass):
         known = known_sizes(graph_module)
         moved = False
         for node in list(graph_module.graph.nodes):
-            if _is_plain(node, _SUMS, 2):
+            if _is_plain(node, _SUMS, 2) and SOURCE not in node.meta:
                 found = _sum(node, known)
             elif _is_plain(node, _RELUS, 1):
                 found = _producer(arguments(node)[0]), None

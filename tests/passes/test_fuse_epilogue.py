@@ -23,6 +23,7 @@ from qmir_ao.ops._epilogue import Epilogue
 from qmir_ao.passes.epilogues import OWN_ARGUMENTS, epilogue_of
 from qmir_ao.passes.fuse_epilogue import FuseEpilogue
 from qmir_ao.passes.invariants import check_invariants
+from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.pipeline import CPU, CUDA
 from qmir_ao.recipes.models import mambair, swinir
 from qmir_ao.recipes.models.edsr import EDSR
@@ -333,6 +334,27 @@ def test_a_linear_layer_behind_a_permute_stays(capture: str) -> None:
     FuseEpilogue()(graph)
     assert [e.activation for e in ends(graph)] == ["relu"]
     assert all(e.residual is None for e in ends(graph))
+
+
+def test_a_channel_shift_stays_with_its_quantizer() -> None:
+    """That of a vector has the size of the result that it is added to."""
+
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    qconfig = qmir_ao.get_qmir_qconfig(4, 4)
+    graph = qmir_ao.prepare_qat(Vector(), qconfig, (torch.randn(5),))
+    graph(torch.randn(5))
+    graph = before("FuseEpilogue", graph.eval())
+    shifts = [n for n in graph.graph.nodes if n.target is aten.add.Tensor and SOURCE in n.meta]
+    assert any(n.args[0].target is qmir.linear.default for n in shifts)
+    assert FuseEpilogue().rewrite(graph) == 0
 
 
 def test_a_graph_that_writes_in_place_is_left_alone() -> None:
