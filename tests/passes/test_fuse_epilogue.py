@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -337,12 +338,13 @@ def test_a_linear_layer_behind_a_permute_stays(capture: str) -> None:
 
 
 def test_a_channel_shift_stays_with_its_quantizer() -> None:
-    """That of a vector has the size of the result that it is added to."""
+    """That of a vector of one has the size of the result that it is added to."""
 
     class Vector(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)))
+            sizes = (5, 5, 1, 5, 5)
+            self.layers = nn.Sequential(*(nn.Linear(*s) for s in itertools.pairwise(sizes)))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.layers(x)
