@@ -153,6 +153,17 @@ class ConvResult {
     return acc_ == nullptr;
   }
 
+  // Announces that n neighbouring outputs of one row will be written for features [first, last).
+  void expect(int64_t b, int64_t first, int64_t last, int64_t oh, int64_t ow, int64_t n) const {
+    if (!end_.residual) return;
+    const int64_t pixel = oh * s_.out_w + ow, plane = s_.out_h * s_.out_w;
+    if (s_.channels_last && last - first == s_.features)
+      fetch_residuals(end_, (b * plane + pixel) * s_.features, n * s_.features);
+    else if (!s_.channels_last)
+      for (int64_t o = first; o < last; ++o)
+        fetch_residuals(end_, (b * s_.features + o) * plane + pixel, n);
+  }
+
   // n <= kLongestRun neighbouring outputs of one row: acc - bias are the sums of products, sx those of codes.
   void write(int64_t b, int64_t o, int64_t oh, int64_t ow, int64_t n, const int32_t* acc,
              uint32_t bias, const float* sx) const {

@@ -5,6 +5,14 @@
 
 namespace qmir {
 
+// Asks for residuals that a tile reads in pieces later: the processor sees no stream in them.
+inline void fetch_residuals(const Epilogue& end, int64_t at, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  if (!end.residual) return;
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(end.residual + at + i, 0, 2);
+  __builtin_prefetch(end.residual + at + count - 1, 0, 2);
+}
+
 // Results of neighbouring channels, the first of them `channel`, `at` in the residual.
 inline void finish_channels(const Epilogue& end, float* y, int64_t at, int64_t channel,
                             int64_t count) {

@@ -161,6 +161,7 @@ class DirectConv {
     }
     const auto* lanes = reinterpret_cast<const uint8_t*>(panel + origin);
     const int64_t first = task.g * s_.group_features(), last = first + s_.group_features();
+    result_.expect(task.b, first, last, oh, ow, n);
     for (int64_t o = first; o < last; o += kDotRows) {
       const int64_t rows = std::min<int64_t>(kDotRows, last - o), pitch = kernel_.steps * 4;
       kDotTiles.at[rows - 1][vecs - 1](kernel_.codes.get() + o * pitch, pitch, lanes, offset,

@@ -178,6 +178,8 @@ void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, con
       x, groups * rows_per_group, w,
       [&](const int8_t* block, int64_t pitch, int64_t row0, int64_t count, int64_t first,
           int64_t last, const int32_t* sums) {
+        if (last - first == features)
+          fetch_residuals(end, row0 * features, count * features);
         multiply(block, pitch, count, w, first, last,
                  [&](int64_t r, int64_t o, int64_t n, const int32_t* acc) {
                    const float sx = (float)sums[r];
