@@ -25,7 +25,9 @@ from qmir_ao.backend.targets import TargetNameError
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.quant.constants import attribute
 
-FORMAT, VERSION = "qmir-lowered", 3
+FORMAT, VERSION = "qmir-lowered", 4
+READABLE = (3, VERSION)
+"""Versions that this release loads: integer operators had no epilogue up to 3."""
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 
 
@@ -161,10 +163,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is damaged, not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file}: is no manifest of a lowered model")
-    if manifest.get("version") != VERSION:
+    version = manifest.get("version")
+    if type(version) is not int or version not in READABLE:
         raise CheckpointError(
-            f"{file}: format version {manifest.get('version')!r}, this release reads {VERSION}; "
-            "lower the trained model again and save it"
+            f"{file}: format version {version!r}, this release reads "
+            f"{' and '.join(map(str, READABLE))}; lower the trained model again and save it"
         )
     wanted = ("tensors", list), ("graph", dict)
     for key, kind in wanted:

@@ -18,6 +18,7 @@ from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.chain import find_chain
 from qmir_ao.passes.drop_identity import DropIdentity
+from qmir_ao.passes.epilogues import own_arguments
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.pipeline import NORMALIZE, run_passes
 from qmir_ao.quant.constants import attribute
@@ -171,7 +172,10 @@ class _Operator:
         }
 
     def _integer_arguments(self) -> tuple[Any, ...]:
-        """Arguments of the lowered operator, with codes made from what the prepared one saw."""
+        """Arguments of the lowered operator, with codes made from what the prepared one saw.
+
+        Without its epilogue: a residual sum is another operator in the prepared network.
+        """
         done: dict[Node, Any] = {}
 
         def value(node: Node) -> Any:
@@ -201,7 +205,7 @@ class _Operator:
             done[node] = result
             return result
 
-        return tuple(value(a) if isinstance(a, Node) else a for a in arguments(self.node))
+        return tuple(value(a) if isinstance(a, Node) else a for a in own_arguments(self.node))
 
     def _quantize_node_of(self, qparams: Node) -> Node:
         """The quantize node that uses a predicted step."""

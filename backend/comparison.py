@@ -26,6 +26,7 @@ from qmir_ao.backend.table import (
 )
 from qmir_ao.errors import ConfigError
 from qmir_ao.ops.chain_quantize import ChainArgs, chain_values
+from qmir_ao.passes.epilogues import epilogue_parts, own_arguments
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.quant.patterns import arguments, match, module_path, upstream
 
@@ -172,11 +173,18 @@ class _Listener(Interpreter):
                 codes = out
             _add_codes(self._totals(reader), node.name, values, codes)
         if node in self.pairs:
-            before = self.outputs.pop(self.pairs[node])
-            _add_outputs(self._totals(node), before.reshape(out.shape), out)
+            before, after = self.outputs.pop(self.pairs[node]), self._own_result(node, out)
+            _add_outputs(self._totals(node), before.reshape(out.shape), after)
             if KINDS[node.target] == SCAN:
                 _add_scan(self._totals(node).setdefault("scan", {}), before, out)
         return out
+
+    def _own_result(self, node: Node, out: Any) -> Any:
+        """What an integer operator gives before its epilogue."""
+        if not epilogue_parts(node):
+            return out
+        target: Any = node.target
+        return target(*torch.fx.node.map_arg(own_arguments(node), lambda n: self.env[n]))
 
     def _totals(self, node: Node) -> Totals:
         return self.state.setdefault(node.name, {"codes": {}})
@@ -193,7 +201,9 @@ def _quantizes(node: Node) -> list[Node]:
         ends = (*_MAKE_CODES, qmir.dls_qparams.default)
         return n.target in ends or made_otherwise or n.op != "call_function" or n.target in KINDS
 
-    return [n for n in upstream(node, stop) if n.target in _MAKE_CODES]
+    operands = {a: None for a in own_arguments(node) if isinstance(a, Node)}
+    above = (n for a in operands if not stop(a) for n in upstream(a, stop))
+    return [n for n in dict.fromkeys((*operands, *above)) if n.target in _MAKE_CODES]
 
 
 def grid_positions(x: Tensor, step: Tensor, shift: Tensor) -> Tensor:

@@ -8,7 +8,7 @@
     texts    names of nodes before lowering, and reasons
     notes    [node, name, module, source, act_bits, weight_bits, reason, parts] of the nodes that a
              report or a comparison asks about, without the nulls at the end; parts are the modules
-             of the float operators that a fused one stands for
+             of the float operators that were fused into one
 
 A value is an integer: first the inputs, then the tensors in the order of their names, then the
 nodes in theirs. The last node is the output. Everything else of a graph follows from this: the
@@ -208,7 +208,8 @@ def _note(node: Node, reported: bool, modules: _Table, texts: _Table) -> list[An
     note: list[Any] = [None, None, source]
     if reported:
         parts = meta.get(PARTS)
-        path = "" if parts else str(meta.get("qmir_module") or module_path(node))
+        only_float = parts and "act_bits" not in meta
+        path = "" if only_float else str(meta.get("qmir_module") or module_path(node))
         note[:2] = node.name, _module(path, modules)
         note += [meta.get("act_bits"), meta.get("weight_bits"), reason]
         note.append([_module(part, modules) for part in parts] if parts else None)

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qmir_ao.passes.chain import PARTS, parts_of
+from qmir_ao.passes.epilogues import epilogue_of, epilogue_parts
 from qmir_ao.passes.lower import REASON, SOURCE
 from qmir_ao.quant.constants import attribute
 from qmir_ao.quant.patterns import arguments, module_path
@@ -197,6 +198,12 @@ def _sizes(graph_module: GraphModule) -> set[Node]:
     return found
 
 
+def _fused(node: Node, parts: list[str]) -> list[FloatRecord]:
+    """Records of the float operators that a node stands for."""
+    pairs = itertools.zip_longest(parts, node.meta.get(PARTS, ()), fillvalue="")
+    return [FloatRecord(node.name, part, path, _reason(node, part)) for part, path in pairs]
+
+
 def make_report(graph_module: GraphModule) -> LoweringReport:
     """Read the report off a lowered graph."""
     operators, floats = [], []
@@ -207,10 +214,9 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
         name = op_name(node)
         if node.target in KINDS:
             operators.append(_operator(graph_module, node))
+            floats += _fused(node, epilogue_parts(node))
         elif node.target is qmir.chain_quantize.default:
-            modules = node.meta.get(PARTS, ())
-            for part, path in itertools.zip_longest(parts_of(node), modules, fillvalue=""):
-                floats.append(FloatRecord(node.name, part, path, _reason(node, part)))
+            floats += _fused(node, parts_of(node))
         elif name not in _PLUMBING and not _is_own(node):
             path = str(node.meta.get("qmir_module") or module_path(node))
             floats.append(FloatRecord(node.name, name, path, _reason(node, name)))
@@ -218,7 +224,7 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
     plain = [
         n
         for n in graph_module.graph.nodes
-        if n.op == "get_attr" and any(user.target not in KINDS for user in n.users)
+        if n.op == "get_attr" and any(u.target not in KINDS or n in epilogue_of(u) for u in n.users)
     ]
     targets = {n.target: n for n in plain}
     return LoweringReport(operators, floats, _bytes(graph_module, *targets.values()))

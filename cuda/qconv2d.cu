@@ -245,7 +245,8 @@ struct Pixels {
   }
 };
 
-// Writes the tile: value.feature(o)(pixel in the tile, sum of products) is a result.
+// Writes the tile: value.feature(o)(pixel in the tile, sum of products) is a result, which
+// value.finish(result, place in y, o) completes.
 template <class T, class Value>
 QMIR_DEVICE void write(const Accumulator& acc, const ConvShape& s, const Block& block,
                        const Pixels& pixels, T* y, const Value& value) {
@@ -257,24 +258,25 @@ QMIR_DEVICE void write(const Accumulator& acc, const ConvShape& s, const Block& 
     if (feature >= s.group_features()) continue;
     const int o = block.group * s.group_features() + feature;
     const auto of_feature = value.feature(o);
-    const int64_t plane = ((int64_t)block.sample * s.features + o) * s.pixels();
+    const ConvEnd::Plane plane = value.plane(s, block.sample, o);
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
       const int pixel = lane.pixel + 8 * j + 2 * lane.rank;
       const int32_t* sums = &acc[i / 2 * kColumnTiles + j][i % 2 * 2];
       const int first = pixels.place[pixel], second = pixels.place[pixel + 1];
       if (first < 0) continue;
-      T* to = y + plane + first;
-      const T left = of_feature(pixel, sums[0]);
+      const int64_t at = plane[first];
+      const T left = value.finish(of_feature(pixel, sums[0]), at, o);
       if (second < 0) {
-        *to = left;
+        y[at] = left;
       } else {
-        const T right = of_feature(pixel + 1, sums[1]);
-        if ((plane + first) % 2 == 0) {
-          *reinterpret_cast<Pair*>(to) = pair_of(left, right);
+        const int64_t next = plane[second];
+        const T right = value.finish(of_feature(pixel + 1, sums[1]), next, o);
+        if (next == at + 1 && at % 2 == 0) {
+          *reinterpret_cast<Pair*>(y + at) = pair_of(left, right);
         } else {
-          to[0] = left;
-          to[1] = right;
+          y[at] = left;
+          y[next] = right;
         }
       }
     }
@@ -290,10 +292,17 @@ struct Accumulators {
   QMIR_DEVICE Feature feature(int) const {
     return {};
   }
+  QMIR_DEVICE ConvEnd::Plane plane(const ConvShape& s, int sample, int o) const {
+    return ConvEnd{}.plane(s, sample, o);
+  }
+  QMIR_DEVICE int32_t finish(int32_t acc, int64_t, int) const {
+    return acc;
+  }
 };
 
 struct Affine {
   const ConvAffine& in;
+  const ConvEnd& end;
   const Pixels& pixels;
   int sample;
 
@@ -309,6 +318,12 @@ struct Affine {
   };
   QMIR_DEVICE Feature feature(int o) const {
     return {in.feature(sample, o), in.constant + o, pixels};
+  }
+  QMIR_DEVICE ConvEnd::Plane plane(const ConvShape& s, int sample, int o) const {
+    return end.plane(s, sample, o);
+  }
+  QMIR_DEVICE float finish(float y, int64_t at, int o) const {
+    return end.end(y, at, o);
   }
 };
 
@@ -328,7 +343,7 @@ QMIR_DEVICE void conv_acc(const int8_t* x, const Codes* fragments, const ConvSha
 
 template <class Codes>
 QMIR_DEVICE void conv(const int8_t* x, const Codes* fragments, const ConvAffine& affine,
-                      const ConvShape& s, const Plan& plan, float* y) {
+                      const ConvEnd& end, const ConvShape& s, const Plan& plan, float* y) {
   QMIR_DYNAMIC_SHARED(Octet, memory);
   __shared__ Pixels pixels;
   const Block block(s, plan);
@@ -348,7 +363,7 @@ QMIR_DEVICE void conv(const int8_t* x, const Codes* fragments, const ConvAffine&
     pixels.sum[pixel] = (float)sum;
   }
   __syncthreads();
-  write(acc, s, block, pixels, y, Affine{affine, pixels, block.sample});
+  write(acc, s, block, pixels, y, Affine{affine, end, pixels, block.sample});
 }
 
 }  // namespace
@@ -358,9 +373,10 @@ QMIR_DEVICE void conv(const int8_t* x, const Codes* fragments, const ConvAffine&
 // too.
 #define QMIR_CONV(name, Codes)                                                                     \
   extern "C" __global__ void __launch_bounds__(128, 4)                                             \
-      qmir_conv2d_##name(const int8_t* x, const Codes* fragments, QMIR_CONV_AFFINE,                \
+      qmir_conv2d_##name(const int8_t* x, const Codes* fragments, QMIR_CONV_AFFINE, QMIR_CONV_END, \
                          QMIR_CONV_SIZES, int tile_h, int tile_w, int shared, float* y) {          \
-    conv(x, fragments, QMIR_CONV_AFFINE_OF, QMIR_CONV_SHAPE, {tile_h, tile_w, shared != 0}, y);    \
+    conv(x, fragments, QMIR_CONV_AFFINE_OF, QMIR_CONV_END_OF, QMIR_CONV_SHAPE,                     \
+         {tile_h, tile_w, shared != 0}, y);                                                        \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(128, 4)                                             \
       qmir_conv2d_acc_##name(const int8_t* x, const Codes* fragments, QMIR_CONV_SIZES, int tile_h, \

@@ -26,9 +26,8 @@ struct Task {
     some = row < s.rows.out;
   }
 
-  QMIR_DEVICE int64_t place(const ConvShape& s) const {
-    const int64_t plane = (int64_t)sample * s.features + feature;
-    return plane * s.pixels() + (int64_t)row * s.columns.out + column;
+  QMIR_DEVICE int64_t pixel(const ConvShape& s) const {
+    return (int64_t)row * s.columns.out + column;
   }
 };
 
@@ -66,17 +65,31 @@ QMIR_DEVICE void accumulate(const ConvShape& s, const Task& task, const int8_t* 
   }
 }
 
+QMIR_DEVICE int32_t finish(int32_t acc, const Epilogue&, int64_t, int) {
+  return acc;
+}
+QMIR_DEVICE float finish(float y, const Epilogue& end, int64_t at, int feature) {
+  return end(y, at, feature);
+}
+
 // The results of a thread, in one access where the row's length allows it.
 template <class T>
-QMIR_DEVICE void write(const ConvShape& s, const Task& task, const T (&results)[kPixels], T* y) {
-  T* to = y + task.place(s);
-  if (s.columns.out % kPixels == 0) {
-    store_values(to, results);
+QMIR_DEVICE void write(const ConvShape& s, const Task& task, const ConvEnd& end,
+                       T (&results)[kPixels], T* y) {
+  const ConvEnd::Plane plane = end.plane(s, task.sample, task.feature);
+  const int64_t at = plane[task.pixel(s)];
+  if (s.columns.out % kPixels == 0 && plane.step == 1) {
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p)
+      results[p] = finish(results[p], end.end, at + p, task.feature);
+    store_values(y + at, results);
     return;
   }
 #pragma unroll
   for (int p = 0; p < kPixels; ++p)
-    if (task.column + p < s.columns.out) to[p] = results[p];
+    if (task.column + p < s.columns.out)
+      y[at + p * plane.step] =
+          finish(results[p], end.end, at + p * plane.step, task.feature);
 }
 
 template <int kBits>
@@ -88,12 +101,12 @@ QMIR_DEVICE void depthwise_acc(const int8_t* x, const uint8_t* weight, const Con
   if (!task.some) return;
   int32_t acc[kPixels] = {}, sum[kPixels] = {};
   accumulate(s, task, x, codes, acc, sum);
-  write(s, task, acc, y);
+  write(s, task, ConvEnd{}, acc, y);
 }
 
 template <int kBits>
 QMIR_DEVICE void depthwise(const int8_t* x, const uint8_t* weight, const ConvAffine& affine,
-                           const ConvShape& s, int blocks, float* y) {
+                           const ConvEnd& end, const ConvShape& s, int blocks, float* y) {
   QMIR_DYNAMIC_SHARED(int8_t, codes);
   const Task task(s, blocks);
   unpack<kBits>(weight, task.feature, s.taps(), codes);
@@ -111,7 +124,7 @@ QMIR_DEVICE void depthwise(const int8_t* x, const uint8_t* weight, const ConvAff
     results[p] = affine_result(acc[p], (float)sum[p], scales.acc_scale, scales.sx_scale,
                                affine.constant[at]);
   }
-  write(s, task, results, y);
+  write(s, task, end, results, y);
 }
 
 }  // namespace
@@ -120,8 +133,9 @@ QMIR_DEVICE void depthwise(const int8_t* x, const uint8_t* weight, const ConvAff
 #define QMIR_DEPTHWISE(bits)                                                                  \
   extern "C" __global__ void __launch_bounds__(128)                                           \
       qmir_conv2d_depthwise_w##bits(const int8_t* x, const uint8_t* weight, QMIR_CONV_AFFINE, \
-                                    QMIR_CONV_SIZES, int blocks, float* y) {                  \
-    depthwise<bits>(x, weight, QMIR_CONV_AFFINE_OF, QMIR_CONV_SHAPE, blocks, y);              \
+                                    QMIR_CONV_END, QMIR_CONV_SIZES, int blocks, float* y) {   \
+    depthwise<bits>(x, weight, QMIR_CONV_AFFINE_OF, QMIR_CONV_END_OF, QMIR_CONV_SHAPE,        \
+                    blocks, y);                                                               \
   }                                                                                           \
   extern "C" __global__ void __launch_bounds__(128) qmir_conv2d_depthwise_acc_w##bits(        \
       const int8_t* x, const uint8_t* weight, QMIR_CONV_SIZES, int blocks, int32_t* y) {      \

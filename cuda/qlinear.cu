@@ -2,6 +2,7 @@
 // (rows, K) times the weight (features, K), both in steps of 64 along K. A block makes a tile of 64
 // rows and 64 features; each of its four warps 32 by 32 of it. While a step is multiplied the next
 // one is on its way from memory to registers, where the weight is unpacked.
+#include "epilogue.cuh"
 #include "mma_tile.cuh"
 #include "row_constant.cuh"
 
@@ -160,7 +161,7 @@ QMIR_DEVICE void multiply(int32_t (&acc)[kRowTiles * kColumnTiles][4], Tiles<Cod
 }
 
 // Writes a tile: value.row(row in the tile, first feature of the lane)(i, sum of products) is
-// result i of a row and a lane.
+// result i of a row and a lane, which value.finish(result, place in y, feature) completes.
 template <class T, class Value>
 QMIR_DEVICE void write(const int32_t (&acc)[kRowTiles * kColumnTiles][4], const Sizes& sizes, T* y,
                        const Value& value) {
@@ -172,18 +173,20 @@ QMIR_DEVICE void write(const int32_t (&acc)[kRowTiles * kColumnTiles][4], const 
     const int r = lane.row + 8 * i + lane.group;
     if (corner.row + r >= sizes.rows) continue;
     const auto at_row = value.row(r, lane.column + 2 * lane.rank);
-    T* out = y + (corner.row + r) * sizes.features + corner.feature;
+    const int64_t line = (corner.row + r) * sizes.features;
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j) {
-      const int c = lane.column + 8 * j + 2 * lane.rank;
+      const int64_t c = corner.feature + lane.column + 8 * j + 2 * lane.rank;
       const int32_t* sums = &acc[i / 2 * kColumnTiles + j][i % 2 * 2];
-      const T first = at_row(2 * j, sums[0]), second = at_row(2 * j + 1, sums[1]);
-      const int64_t left = sizes.features - corner.feature - c;
+      T first = at_row(2 * j, sums[0]), second = at_row(2 * j + 1, sums[1]);
+      const int64_t left = sizes.features - c;
+      if (left > 0) first = value.finish(first, line + c, c);
+      if (left > 1) second = value.finish(second, line + c + 1, c + 1);
       if (left >= 2 && sizes.features % 2 == 0) {
-        *reinterpret_cast<Pair*>(out + c) = pair_of(first, second);
+        *reinterpret_cast<Pair*>(y + line + c) = pair_of(first, second);
       } else {
-        if (left > 0) out[c] = first;
-        if (left > 1) out[c + 1] = second;
+        if (left > 0) y[line + c] = first;
+        if (left > 1) y[line + c + 1] = second;
       }
     }
   }
@@ -198,11 +201,15 @@ struct Accumulators {
   QMIR_DEVICE Row row(int, int) const {
     return {};
   }
+  QMIR_DEVICE int32_t finish(int32_t acc, int64_t, int64_t) const {
+    return acc;
+  }
 };
 
 struct Operands {
   const float *x_step, *x_shift, *w_step, *w_shift, *bias;
   int64_t rows_per_group, w_steps, w_shifts;
+  Epilogue end;
 };
 
 // What the epilogue needs of the tile's features, in shared memory. `constant` holds where all rows
@@ -235,6 +242,10 @@ class Affine {
       return affine_result(acc, sum, step * feature.step, step * feature.shift, constant[i]);
     }
   };
+
+  QMIR_DEVICE float finish(float y, int64_t at, int64_t feature) const {
+    return in_.end(y, at, feature);
+  }
 
   QMIR_DEVICE Row row(int r, int column) const {
     const int64_t group = one_group_ ? group_ : (first_row_ + r) / in_.rows_per_group;
@@ -320,16 +331,24 @@ QMIR_DEVICE void linear(const int8_t* x, const uint8_t* weight, int bits, const 
 }  // namespace
 
 // One block for each tile, features first. Weight codes have `bits` bits: 8, or 2 or 4 for the
-// kernels of nibbles. w_steps and w_shifts are 1 or `features`; bias may be null; row r of x
-// belongs to the group r / rows_per_group.
+// kernels of nibbles. w_steps and w_shifts are 1 or `features`; bias, residual and residual_scale
+// may be null; row r of x belongs to the group r / rows_per_group.
 #define QMIR_LINEAR(name, Codes)                                                                   \
   extern "C" __global__ void __launch_bounds__(128, 5) qmir_linear_##name(                         \
       const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,           \
-      const float* w_step, const float* w_shift, const float* bias, int bits, int64_t rows,        \
-      int64_t rows_per_group, int64_t inputs, int64_t features, int64_t w_steps, int64_t w_shifts, \
-      float* y) {                                                                                  \
+      const float* w_step, const float* w_shift, const float* bias, const float* residual,         \
+      const float* residual_scale, int bits, int64_t rows, int64_t rows_per_group, int64_t inputs, \
+      int64_t features, int64_t w_steps, int64_t w_shifts, int activation, float* y) {             \
     linear<Codes>(x, weight, bits,                                                                 \
-                  {x_step, x_shift, w_step, w_shift, bias, rows_per_group, w_steps, w_shifts},     \
+                  {x_step,                                                                         \
+                   x_shift,                                                                        \
+                   w_step,                                                                         \
+                   w_shift,                                                                        \
+                   bias,                                                                           \
+                   rows_per_group,                                                                 \
+                   w_steps,                                                                        \
+                   w_shifts,                                                                       \
+                   {residual, residual_scale, (ExactActivation)activation}},                       \
                   {rows, inputs, features}, y);                                                    \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(128, 5)                                             \

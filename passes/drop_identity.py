@@ -11,6 +11,7 @@ from qmir_ao.capture.recurrence import call_name
 from qmir_ao.passes.base import Pass, remove_unread, writes_near
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.passes.lower import code_range
+from qmir_ao.passes.sizes import Known, known_sizes
 from qmir_ao.quant.patterns import arguments
 
 aten, qmir = torch.ops.aten, torch.ops.qmir
@@ -29,8 +30,9 @@ class DropIdentity(Pass):
     Aliases, detached tensors and conversions to the type that is there; permutations and
     transpositions that undo each other (others in a row become one); flips that undo each other;
     reshapes back to the shape that was there; slices and expansions that keep everything; pieces of
-    a split put together again in their order; a quantizer of values that are codes on its own grid;
-    and whatever nothing reads. What cannot be decided without sizes that the graph does not know
+    a split put together again in their order; products with ones (what is left of stochastic depth
+    after training); a quantizer of values that are codes on its own grid; and whatever nothing
+    reads. What cannot be decided without sizes that the graph does not know
     stays. For graphs that no longer train: `detach` means something before. Exact; codes of codes
     are, as long as |shift| is below 2^21 steps, where float32 still separates neighbours.
 
@@ -47,9 +49,9 @@ class DropIdentity(Pass):
         graph = graph_module.graph
         if writes_near(list(graph.nodes)):
             return 0  # a copy of a tensor that is written to is no identity
-        changed = 0
+        changed, known = 0, known_sizes(graph_module)
         for node in list(graph.nodes):
-            new = same_as(node)
+            new = same_as(node) or _times_one(node, known)
             if new is None:
                 changed += _merge_turns(graph_module, node)
                 continue
@@ -73,6 +75,17 @@ def same_as(node: Node) -> Node | None:
         return source
     rule = next((rule for names, rule in _RULES if name in names), None)
     return None if rule is None else rule(node, source)
+
+
+def _times_one(node: Node, known: Known) -> Node | None:
+    """The operand that a product with ones has the shape and values of."""
+    if call_name(node) != "mul" or len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = arguments(node)
+    for kept, ones in ((left, right), (right, left)):
+        if isinstance(ones, Node) and call_name(ones) == "new_ones" and ones in known.floats:
+            return kept if isinstance(kept, Node) and known.alike(kept, node) else None
+    return None
 
 
 def shape_of(node: Node) -> tuple[Any, ...] | None:
@@ -276,4 +289,6 @@ def identities(graph_module: GraphModule) -> list[Node]:
     """Operators that `DropIdentity` would remove."""
     if writes_near(list(graph_module.graph.nodes)):
         return []
-    return [n for n in graph_module.graph.nodes if same_as(n) is not None]
+    known = known_sizes(graph_module)
+    nodes = graph_module.graph.nodes
+    return [n for n in nodes if same_as(n) is not None or _times_one(n, known) is not None]

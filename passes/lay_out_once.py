@@ -37,7 +37,7 @@ class LayOutOnce(Pass):
             return 0  # a copy of a tensor that is written to is another tensor
         for node in list(graph.nodes):
             readers = [u for u in node.users if u.target in _READERS and u.args[0] is node]
-            if len({u.target for u in readers}) < len(_READERS) or not _may_lie_otherwise(node):
+            if len({u.target for u in readers}) < len(_READERS) or not may_lie_otherwise(node):
                 continue
             with graph.inserting_after(node):
                 copy = graph.call_function(aten.contiguous.default, (node,))
@@ -48,7 +48,7 @@ class LayOutOnce(Pass):
         return changed
 
 
-def _may_lie_otherwise(node: Node) -> bool:
+def may_lie_otherwise(node: Node) -> bool:
     """Whether a permuted tensor or a piece of one reaches `node` with its strides."""
     while True:
         name = call_name(node)

@@ -10,6 +10,7 @@ from qmir_ao.passes.drop_identity import DropIdentity
 from qmir_ao.passes.fold import FoldConstants, FoldWeights
 from qmir_ao.passes.fuse_cross_scan import FuseCrossScan
 from qmir_ao.passes.fuse_dls_statistics import FuseDlsStatistics
+from qmir_ao.passes.fuse_epilogue import FuseEpilogue
 from qmir_ao.passes.fuse_norm_chain import FuseNormChain
 from qmir_ao.passes.invariants import INVARIANTS, check_invariants
 from qmir_ao.passes.lay_out_once import LayOutOnce
@@ -45,6 +46,8 @@ CPU: tuple[Pass, ...] = (
     LowerScan(),
     # After the integer operators are in: dequantized values that nothing reads are gone by then.
     DropIdentity(),
+    # After DropIdentity: what stochastic depth leaves behind stands between operator and sum.
+    FuseEpilogue(),
     # After DropIdentity: a tensor and the same tensor turned twice are one tensor then.
     ShareQuantize(),
     # After ShareQuantize, which looks for quantizers.
@@ -57,21 +60,8 @@ CPU: tuple[Pass, ...] = (
     DedupeConstants(),
 )
 
-CUDA: tuple[Pass, ...] = (
-    *NORMALIZE,
-    ConvertQuantizers(),
-    FoldConstants(),
-    FoldWeights(),
-    LowerLinear(),
-    LowerConv(),
-    LowerScan(),
-    DropIdentity(),
-    ShareQuantize(),
-    FuseDlsStatistics(),
-    FuseNormChain(),
-    LayOutOnce(),
-    DedupeConstants(),
-)
+# Every operator that they make has a CUDA kernel.
+CUDA: tuple[Pass, ...] = CPU
 
 # What torch.compile hands over: modules are traced through already, parameters are inputs.
 COMPILE: tuple[Pass, ...] = (

@@ -9,11 +9,16 @@ from torch import Tensor
 from qmir_ao.backend.cpu.build import pointer
 from qmir_ao.backend.cpu.registration import cpu_kernel
 from qmir_ao.ops._convolution import Geometry, check_convolution
+from qmir_ao.ops._epilogue import Epilogue, image_format
 from qmir_ao.ops.conv2d import check_conv2d, conv2d_acc_ref, conv2d_ref
 
 
 def _shape(
-    x: Tensor, geometry: Geometry, out: tuple[int, int], counts: tuple[int, int, int, int]
+    x: Tensor,
+    geometry: Geometry,
+    out: tuple[int, int],
+    counts: tuple[int, int, int, int],
+    written: tuple[int, int],
 ) -> object:
     """The C struct ConvShape, as an array of 64-bit integers in its order."""
     values = (
@@ -27,6 +32,7 @@ def _shape(
         *out,
         geometry.bits,
         *counts,
+        *written,
     )
     return (ctypes.c_int64 * len(values))(*values)
 
@@ -48,7 +54,7 @@ def _conv2d_acc(
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.int32)
     if y.numel():
-        shape = _shape(x, geometry, out, (1, 1, 1, 0))
+        shape = _shape(x, geometry, out, (1, 1, 1, 0), (0, 0))
         lib.qmir_conv2d_acc(pointer(x), pointer(weight), shape, pointer(y))
     return y
 
@@ -70,15 +76,23 @@ def _conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry)
-    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset)
+    end = Epilogue(residual, residual_scale, activation)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry, end)
+    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, residual_scale)
     kept = [None if t is None else t.contiguous() for t in tensors]
-    y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.float32)
+    layout = image_format(residual)
+    kept.append(None if residual is None else residual.contiguous(memory_format=layout))
+    size = (x.shape[0], weight_size[0], *out)
+    y = torch.empty(size, dtype=torch.float32, memory_format=layout)
     if y.numel():
         offsets = 0 if x_offset is None else x_offset.numel()
         counts = (x_step.numel(), w_step.numel(), w_shift.numel(), offsets)
-        shape = _shape(x, geometry, out, counts)
+        written = (int(layout is torch.channels_last), end.kind)
+        shape = _shape(x, geometry, out, counts, written)
         lib.qmir_conv2d(*map(pointer, kept), shape, pointer(y))
     return y

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qmir_ao.backend.cpu.build import pointer
 from qmir_ao.backend.cpu.registration import cpu_kernel
+from qmir_ao.ops._epilogue import Epilogue
 from qmir_ao.ops.linear import check_linear, check_linear_acc, linear_acc_ref, linear_ref
 
 
@@ -37,14 +38,18 @@ def _linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features)
-    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias)
+    end = Epilogue(residual, residual_scale, activation)
+    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features, end)
+    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias, residual, residual_scale)
     kept = [None if t is None else t.contiguous() for t in tensors]
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
     rows, groups = math.prod(x.shape[:-1]), x_step.numel()
     if rows:
         steps, shifts = w_step.numel(), w_shift.numel()
-        sizes = (bits, groups, rows // groups, x.shape[-1], out_features, steps, shifts)
+        sizes = (bits, groups, rows // groups, x.shape[-1], out_features, steps, shifts, end.kind)
         lib.qmir_linear(*map(pointer, kept), *map(ctypes.c_int64, sizes), pointer(y))
     return y

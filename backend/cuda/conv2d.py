@@ -15,6 +15,7 @@ from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, check_devi
 from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared
 from qmir_ao.errors import DeviceError
 from qmir_ao.ops._convolution import Geometry, check_convolution
+from qmir_ao.ops._epilogue import Epilogue, image_format
 from qmir_ao.ops.conv2d import check_conv2d, conv2d_acc_ref, conv2d_ref
 
 TILE = 64
@@ -182,7 +183,7 @@ def _multiply(
     affine: tuple[Argument, ...],
     y: Tensor,
 ) -> None:
-    """Start the kernel that makes `y`; `affine` is empty for accumulators."""
+    """Start the kernel that makes `y`; `affine`, with the epilogue, is empty for accumulators."""
     kind = "" if affine else "_acc"
     if sizes.depthwise:
         pixels = sizes.out_h * ceil_div(sizes.out_w, DEPTHWISE_PIXELS)
@@ -251,13 +252,18 @@ def launch_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """Start the kernels of `qmir::conv2d`; arguments and result are those of the operator."""
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry)
+    end = Epilogue(residual, residual_scale, activation)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry, end)
     tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset)
-    device = check_device("conv2d", *tensors)
-    y = torch.empty((x.shape[0], weight_size[0], *out), dtype=torch.float32, device=device)
+    device = check_device("conv2d", *tensors, residual, residual_scale)
+    size, layout = (x.shape[0], weight_size[0], *out), image_format(residual)
+    y = torch.empty(size, dtype=torch.float32, device=device, memory_format=layout)
     if y.numel():
         sizes = Sizes.of(x, geometry, out)
         x_step, w_step, w_shift = dense(x_step), dense(w_step), dense(w_shift)
@@ -265,6 +271,10 @@ def launch_conv2d(
         operands = (dense(weight), dense(x_shift), w_step, w_shift, bias, x_offset)
         prepared, constant = _prepare(launch, sizes, bits, operands, device)
         counts = (x_step.numel(), w_step.numel(), w_shift.numel())
-        affine = (x_step, w_step, w_shift, constant, *counts, *sizes.classes())
+        if residual is not None:
+            residual = residual.contiguous(memory_format=layout)
+        scale = None if residual_scale is None else dense(residual_scale)
+        written = (residual, scale, end.kind, layout is torch.channels_last)
+        affine = (x_step, w_step, w_shift, constant, *counts, *sizes.classes(), *written)
         _multiply(launch, sizes, bits, dense(x), prepared, affine, y)
     return y

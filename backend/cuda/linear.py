@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Launcher, Size3, ceil_div, check_device, dense
 from qmir_ao.backend.cuda.registration import cuda_kernel
+from qmir_ao.ops._epilogue import Epilogue
 from qmir_ao.ops.linear import check_linear, check_linear_acc, linear_acc_ref, linear_ref
 
 TILE = 64
@@ -50,10 +51,14 @@ def launch_linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """Start the kernel of `qmir::linear`; arguments and result are those of the operator."""
-    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features)
-    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias)
+    end = Epilogue(residual, residual_scale, activation)
+    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features, end)
+    tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias, residual, residual_scale)
     device = check_device("linear", *tensors)
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device=device)
     rows = math.prod(x.shape[:-1])
@@ -65,6 +70,6 @@ def launch_linear(
             f"qmir_linear_w{max(bits, 4)}",
             _grid(rows, out_features),
             BLOCK,
-            (*kept, *sizes, w_step.numel(), w_shift.numel(), y),
+            (*kept, *sizes, w_step.numel(), w_shift.numel(), end.kind, y),
         )
     return y

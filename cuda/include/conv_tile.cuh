@@ -2,6 +2,7 @@
 #pragma once
 #include "conv_taps.cuh"
 #include "device.cuh"
+#include "epilogue.cuh"
 #include "qlinear.cuh"
 
 namespace qmir {
@@ -65,6 +66,27 @@ struct ConvAffine {
   }
 };
 
+// Where results lie, and what completes them.
+struct ConvEnd {
+  Epilogue end;
+  bool channels_last;
+
+  // The first result of a feature, and the distance to the next one.
+  struct Plane {
+    int64_t first;
+    int step;
+
+    QMIR_DEVICE int64_t operator[](int64_t pixel) const {
+      return first + pixel * step;
+    }
+  };
+
+  QMIR_DEVICE Plane plane(const ConvShape& s, int sample, int o) const {
+    if (channels_last) return {(int64_t)sample * s.pixels() * s.features + o, s.features};
+    return {((int64_t)sample * s.features + o) * s.pixels(), 1};
+  }
+};
+
 #define QMIR_CONV_AFFINE                                                                 \
   const float *x_step, const float *w_step, const float *w_shift, const float *constant, \
       int x_groups, int w_steps, int w_shifts, int row_classes, int column_classes
@@ -72,6 +94,15 @@ struct ConvAffine {
 #define QMIR_CONV_AFFINE_OF                                                                     \
   ConvAffine {                                                                                  \
     x_step, w_step, w_shift, constant, x_groups, w_steps, w_shifts, row_classes, column_classes \
+  }
+
+// Residual and its factors may be null.
+#define QMIR_CONV_END \
+  const float *residual, const float *residual_scale, int activation, int channels_last
+
+#define QMIR_CONV_END_OF                                                                      \
+  ConvEnd {                                                                                   \
+    {residual, residual_scale, (ExactActivation)activation}, channels_last != 0               \
   }
 
 }  // namespace qmir

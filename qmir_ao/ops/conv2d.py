@@ -9,7 +9,7 @@ with x_hat = alpha * q_x - beta - unit * q_o[c] and w_hat = step * q_w - shift; 
 offset of channel c in fixed point, and the last line is 0 without one. Zero padding pads x_hat = 0,
 which is not q_x = 0, so the sums sx of q_x, sw of q_w, qo of q_w * q_o and so of q_o, and the
 number n of taps count only the taps that lie inside the image; near a border they depend on the
-position.
+position. A residual and an activation may follow (`qmir_ao.ops._epilogue`).
 
 Source: affine integer arithmetic on the grids of Q-MambaIR (arXiv 2503.21970), equations 5 to 7.
 
@@ -25,6 +25,13 @@ import torch
 from torch import Tensor
 
 from qmir_ao.ops._convolution import Geometry, check_convolution, windows
+from qmir_ao.ops._epilogue import (
+    ARGUMENTS,
+    Epilogue,
+    apply_epilogue,
+    check_epilogue,
+    image_format,
+)
 from qmir_ao.ops._integer import (
     check_bias,
     check_grid,
@@ -42,7 +49,7 @@ _GEOMETRY = (
 ACC_SCHEMA = f"conv2d_acc(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor"
 SCHEMA = (
     "conv2d(Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
-    f"Tensor w_shift, Tensor? bias, Tensor? x_offset, {_GEOMETRY}) -> Tensor"
+    f"Tensor w_shift, Tensor? bias, Tensor? x_offset, {_GEOMETRY}, {ARGUMENTS}) -> Tensor"
 )
 
 
@@ -56,6 +63,7 @@ def check_conv2d(
     bias: Tensor | None,
     x_offset: Tensor | None,
     geometry: Geometry,
+    epilogue: Epilogue,
 ) -> tuple[int, int]:
     """Refuse operands that do not fit `qmir::conv2d`; return the output's height and width."""
     size = check_convolution("conv2d", x, weight, geometry)
@@ -63,6 +71,8 @@ def check_conv2d(
     check_weight_grid("conv2d", w_step, w_shift, geometry.weight_size[0])
     check_bias("conv2d", bias, geometry.weight_size[0])
     check_offset("conv2d", x_offset, x.shape[1])
+    features = geometry.weight_size[0]
+    check_epilogue("conv2d", epilogue, (x.shape[0], features, *size), features)
     return size
 
 
@@ -132,10 +142,14 @@ def conv2d_ref(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """Plain-torch form of `qmir::conv2d`."""
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry)
+    end = Epilogue(residual, residual_scale, activation)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry, end)
     codes = _weight_codes(weight, geometry)
     features = codes.shape[0]
     offset = None if x_offset is None else _offset_sums(x, x_offset, codes, geometry, out)
@@ -149,7 +163,7 @@ def conv2d_ref(
     for i, j, window in windows(inside, geometry, out):
         taps = taps + window
         sw = sw + window * row_sums[:, i, j].reshape(-1, 1, 1)
-    return epilogue(
+    y = epilogue(
         _accumulate(x, codes, geometry, out),
         sx,
         sw,
@@ -159,6 +173,8 @@ def conv2d_ref(
         None if bias is None else bias.reshape(-1, 1, 1),
         offset,
     )
+    y = apply_epilogue(y, end, (-1, 1, 1))
+    return y.contiguous(memory_format=image_format(residual))
 
 
 def _conv2d_acc_fake(
@@ -191,10 +207,17 @@ def _conv2d_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
-    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry)
-    return x.new_empty((x.shape[0], weight_size[0], *out), dtype=torch.float32)
+    end = Epilogue(residual, residual_scale, activation)
+    out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry, end)
+    size = (x.shape[0], weight_size[0], *out)
+    return torch.empty(
+        size, dtype=torch.float32, device=x.device, memory_format=image_format(residual)
+    )
 
 
 _conv2d_acc = define(ACC_SCHEMA, reference=conv2d_acc_ref, fake=_conv2d_acc_fake)
@@ -259,6 +282,9 @@ def conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """Convolution of quantized operands in integer arithmetic: conv(x_hat, w_hat) + bias.
 
@@ -278,9 +304,12 @@ def conv2d(
         padding: zeros (of the dequantized image) on each side.
         dilation: distance of neighbouring taps.
         groups: channel groups; C for a depthwise convolution.
+        residual: float32 (B, O, P, Q), added to the result, or None.
+        residual_scale: float32, O factors of the residual's channels, or None.
+        activation: of the sum, "none" or "relu".
 
     Returns:
-        float32 (B, O, P, Q).
+        float32 (B, O, P, Q); channels last in memory where the residual is, else contiguous.
 
     Shape: x (B, C, H, W); weight (ceil(numel*bits/8),); result (B, O, P, Q).
 
@@ -291,5 +320,6 @@ def conv2d(
     """
     tensors = (x_step, x_shift, weight, w_step, w_shift, bias, x_offset)
     pairs = (_pair(stride), _pair(padding), _pair(dilation))
-    y: Tensor = _conv2d(x, *tensors, bits, list(weight_size), *pairs, groups)
+    end = (residual, residual_scale, activation)
+    y: Tensor = _conv2d(x, *tensors, bits, list(weight_size), *pairs, groups, *end)
     return y

@@ -5,7 +5,8 @@
                 + (K*beta*shift[o] - beta*step[o] * sw[o] + bias[o])
 
 with x_hat = alpha * q_x - beta, w_hat = step * q_w - shift, sx = sum_k q_x, sw = sum_k q_w: the
-product of the two dequantized operands, with no float copy of either.
+product of the two dequantized operands, with no float copy of either. A residual and an activation
+may follow (`qmir_ao.ops._epilogue`).
 
 Source: affine integer arithmetic on the grids of Q-MambaIR (arXiv 2503.21970), equations 5 to 7;
 the term for zero points as in Jacob et al., "Quantization and Training of Neural Networks for
@@ -20,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from qmir_ao.ops._epilogue import ARGUMENTS, Epilogue, apply_epilogue, check_epilogue
 from qmir_ao.ops._integer import (
     check_bias,
     check_codes,
@@ -36,7 +38,7 @@ from qmir_ao.ops.pack import unpack_ref
 ACC_SCHEMA = "linear_acc(Tensor x, Tensor weight, int bits, int out_features) -> Tensor"
 SCHEMA = (
     "linear(Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
-    "Tensor w_shift, Tensor? bias, int bits, int out_features) -> Tensor"
+    f"Tensor w_shift, Tensor? bias, int bits, int out_features, {ARGUMENTS}) -> Tensor"
 )
 
 
@@ -59,6 +61,7 @@ def check_linear(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    epilogue: Epilogue,
 ) -> None:
     """Refuse operands that do not fit `qmir::linear`."""
     check_linear_acc("linear", x, weight, bits, out_features)
@@ -68,6 +71,7 @@ def check_linear(
     check_grid("linear", "x", x_step, x_shift, rows if per_row else samples)
     check_weight_grid("linear", w_step, w_shift, out_features)
     check_bias("linear", bias, out_features)
+    check_epilogue("linear", epilogue, (*x.shape[:-1], out_features), out_features)
 
 
 def _accumulate(x: Tensor, weight: Tensor, bits: int, out_features: int) -> tuple[Tensor, Tensor]:
@@ -92,14 +96,18 @@ def linear_ref(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """Plain-torch form of `qmir::linear`."""
-    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features)
+    end = Epilogue(residual, residual_scale, activation)
+    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features, end)
     acc, codes = _accumulate(x, weight, bits, out_features)
     per_sample = (-1, *[1] * (x.dim() - 1))
     if x_step.numel() not in (1, x.shape[0]):
         per_sample = (*x.shape[:-1], 1)
-    return epilogue(
+    y = epilogue(
         acc,
         x.sum(-1, keepdim=True, dtype=torch.int32),
         codes.sum(1),
@@ -108,6 +116,7 @@ def linear_ref(
         (w_step.reshape(-1), w_shift.reshape(-1)),
         bias,
     )
+    return apply_epilogue(y, end, (-1,)).contiguous()
 
 
 def _linear_acc_fake(x: Tensor, weight: Tensor, bits: int, out_features: int) -> Tensor:
@@ -125,8 +134,12 @@ def _linear_fake(
     bias: Tensor | None,
     bits: int,
     out_features: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
-    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features)
+    end = Epilogue(residual, residual_scale, activation)
+    check_linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features, end)
     return x.new_empty((*x.shape[:-1], out_features), dtype=torch.float32)
 
 
@@ -168,6 +181,9 @@ def linear(
     *,
     bits: int,
     out_features: int,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """Linear layer of quantized operands: x_hat @ w_hat.T + bias in integer arithmetic.
 
@@ -181,9 +197,12 @@ def linear(
         bias: float32 (O,), or None.
         bits: container of one weight code: 2, 4 or 8.
         out_features: O.
+        residual: float32 (B, ..., O), added to the result, or None.
+        residual_scale: float32, O factors of the residual's channels, or None.
+        activation: of the sum, "none" or "relu".
 
     Returns:
-        float32 (B, ..., O).
+        float32 (B, ..., O), contiguous.
 
     Shape: x (B, ..., K); weight (ceil(O*K*bits/8),); result (B, ..., O).
 
@@ -192,5 +211,8 @@ def linear(
 
     Source: module docstring.
     """
-    y: Tensor = _linear(x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features)
+    y: Tensor = _linear(
+        x, x_step, x_shift, weight, w_step, w_shift, bias, bits, out_features,
+        residual, residual_scale, activation,
+    )  # fmt: skip
     return y

@@ -29,6 +29,10 @@ def codes(*size: int) -> Tensor:
     return torch.randint(-8, 8, size, dtype=torch.int8)
 
 
+def image(*size: int) -> Tensor:
+    return torch.randn(size).contiguous(memory_format=torch.channels_last)
+
+
 def packed(*size: int) -> Tensor:
     return torch.ops.qmir.pack(codes(*size), 4)
 
@@ -119,13 +123,20 @@ CASES: Cases = {
     "rfa_quantize": lambda: [rfa(shifts) for shifts in (1, 4)],
     "rfa_dequantize": lambda: [(packed(4, 6), *grid(4, n), [4, 6], 4) for n in (1, 4)],
     "linear": lambda: [
-        (codes(2, 3, 10), *grid(2), packed(6, 10), *grid(6, n), bias, 4, 6)
-        for n, bias in ((1, torch.randn(6)), (6, None))
+        (codes(2, 3, 10), *grid(2), packed(6, 10), *grid(6, n), bias, 4, 6, *end)
+        for n, bias, end in (
+            (1, torch.randn(6), ()),
+            (6, None, (torch.randn(2, 3, 6), torch.randn(6), "relu")),
+        )
     ],
     "linear_acc": lambda: [(codes(2, 3, 10), packed(6, 10), 4, 6)],
     "conv2d": lambda: [
-        (codes(2, 6, 6, 7), *grid(2), packed(4, 3, 3, 3), *grid(4, n), *optional, *GEOMETRY)
-        for n, optional in ((1, (torch.randn(4), None)), (4, (None, torch.randn(6, 1, 1))))
+        (codes(2, 6, 6, 7), *grid(2), packed(4, 3, 3, 3), *grid(4, n), *optional, *GEOMETRY, *end)
+        for n, optional, end in (
+            (1, (torch.randn(4), None), ()),
+            (4, (None, torch.randn(6, 1, 1)), (image(2, 4, 3, 7), torch.randn(4), "relu")),
+            (1, (None, None), (image(2, 4, 3, 7).contiguous(), None)),
+        )
     ],
     "conv2d_acc": lambda: [(codes(2, 6, 6, 7), packed(4, 3, 3, 3), *GEOMETRY)],
     "selective_scan": lambda: [scan(optional, grad=True) for optional in (True, False)],

@@ -54,6 +54,8 @@ class Small:
             adds its channel shift in float, which counts as an "add".
         captures: captures that work on it.
         channels: channels of its input.
+        ones_when_traced: products with ones, which stochastic depth leaves, that stay in a symbolic
+            trace: it does not say what shape they have.
     """
 
     build: Callable[[], nn.Module]
@@ -61,6 +63,7 @@ class Small:
     floats: dict[str, dict[str, int]]
     captures: tuple[str, ...] = ("export", "trace")
     channels: int = 3
+    ones_when_traced: int = 0
 
 
 SMALL: dict[str, Small] = {
@@ -91,7 +94,7 @@ SMALL: dict[str, Small] = {
             UPSAMPLE: {"conv2d": 1},
             NORM: {"layer_norm": 8},
             UNQUANTIZED: {"matmul": 6},
-            POINTWISE: {"sub": 1, "mul": 7, "add": 28, "gelu": 3, "softmax": 3},
+            POINTWISE: {"sub": 1, "mul": 3, "add": 28, "gelu": 3, "softmax": 3},
         },
     ),
     "swinir-grey": Small(
@@ -105,7 +108,7 @@ SMALL: dict[str, Small] = {
             LAST: {"conv2d": 1},
             NORM: {"layer_norm": 6},
             UNQUANTIZED: {"matmul": 4},
-            POINTWISE: {"sub": 1, "mul": 5, "add": 20, "div": 1, "gelu": 2, "softmax": 2},
+            POINTWISE: {"sub": 1, "mul": 3, "add": 20, "div": 1, "gelu": 2, "softmax": 2},
         },
         captures=("trace",),
         channels=1,
@@ -218,12 +221,13 @@ SMALL: dict[str, Small] = {
                 "adaptive_avg_pool2d": 2,
                 "add": 26,
                 "gelu": 2,
-                "mul": 9,
+                "mul": 8,
                 "sigmoid": 2,
                 "silu": 4,
                 "sub": 1,
             },
         },
+        ones_when_traced=1,
     ),
     "mair-grey": Small(
         lambda: MaIR(embed_dim=8, depths=(2,), d_state=1, expand=1.3, in_channels=1),
@@ -238,13 +242,14 @@ SMALL: dict[str, Small] = {
                 "adaptive_avg_pool2d": 2,
                 "add": 27,
                 "gelu": 2,
-                "mul": 9,
+                "mul": 8,
                 "sigmoid": 2,
                 "silu": 4,
                 "sub": 1,
             },
         },
         channels=1,
+        ones_when_traced=1,
     ),
     "vmambair": Small(
         lambda: VmambaIR(scale=4, dim=8, depths=(1, 0, 0, 1), refinement=1),
@@ -329,6 +334,8 @@ def test_what_stays_in_float_is_what_the_table_says(name: str, capture: str) -> 
     floats: dict[str, Counter[str]] = {}
     for record in report.left_in_float:
         floats.setdefault(record.reason, Counter())[ALIASES.get(record.op, record.op)] += 1
+    if capture == "trace":
+        floats[POINTWISE]["mul"] -= SMALL[name].ones_when_traced
     assert floats == SMALL[name].floats
 
 

@@ -10,15 +10,18 @@
 
 #include "conv_taps.cuh"
 #include "dot_tile.h"
+#include "epilogue.h"
 #include "qlinear.cuh"
 
 namespace qmir {
+
+constexpr int64_t kLongestRun = 64;  // results that are written at once
 
 // Mirrors the array that backend/cpu/conv2d.py passes.
 struct ConvShape {
   int64_t batch, channels, height, width, features, kernel_h, kernel_w, stride_h, stride_w, pad_h,
       pad_w, dilation_h, dilation_w, groups, out_h, out_w, bits, x_groups, w_steps, w_shifts,
-      x_offsets;
+      x_offsets, channels_last, activation;
 
   int64_t group_channels() const {
     return channels / groups;
@@ -35,7 +38,7 @@ struct ConvOperands {
   const int8_t* x;
   const float *x_step, *x_shift;
   const uint8_t* weight;
-  const float *w_step, *w_shift, *bias, *x_offset;
+  const float *w_step, *w_shift, *bias, *x_offset, *residual_scale, *residual;
 };
 
 // Ranges of kernel positions that fall inside the image, along one axis.
@@ -140,6 +143,7 @@ class ConvResult {
       : s_(s),
         rows_(s.out_h, s.stride_h, s.pad_h, s.dilation_h, s.kernel_h, s.height),
         cols_(s.out_w, s.stride_w, s.pad_w, s.dilation_w, s.kernel_w, s.width),
+        end_{in.residual, in.residual_scale, (ExactActivation)s.activation},
         y_(y),
         acc_(acc) {
     if (wants_float()) tabulate(in, codes);
@@ -149,7 +153,18 @@ class ConvResult {
     return acc_ == nullptr;
   }
 
-  // n neighbouring outputs of one row: acc - bias are the sums of products, sx those of codes.
+  // Announces that n neighbouring outputs of one row will be written for features [first, last).
+  void expect(int64_t b, int64_t first, int64_t last, int64_t oh, int64_t ow, int64_t n) const {
+    if (!end_.residual) return;
+    const int64_t pixel = oh * s_.out_w + ow, plane = s_.out_h * s_.out_w;
+    if (s_.channels_last && last - first == s_.features)
+      fetch_residuals(end_, (b * plane + pixel) * s_.features, n * s_.features);
+    else if (!s_.channels_last)
+      for (int64_t o = first; o < last; ++o)
+        fetch_residuals(end_, (b * s_.features + o) * plane + pixel, n);
+  }
+
+  // n <= kLongestRun neighbouring outputs of one row: acc - bias are the sums of products, sx those of codes.
   void write(int64_t b, int64_t o, int64_t oh, int64_t ow, int64_t n, const int32_t* acc,
              uint32_t bias, const float* sx) const {
     const int64_t at = ((b * s_.features + o) * s_.out_h + oh) * s_.out_w + ow;
@@ -164,7 +179,8 @@ class ConvResult {
     const int32_t* column = &cols_.of[ow];
     const int32_t middle = column[n / 2];
     const float common = constant[middle];
-    float* y = y_ + at;
+    alignas(64) float row[kLongestRun];
+    float* y = s_.channels_last ? row : y_ + at;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j)
       y[j] = affine_result((int32_t)((uint32_t)acc[j] - bias), sx[j], scale, sx_scale, common);
@@ -175,6 +191,13 @@ class ConvResult {
     };
     for (int64_t j = 0; column[j] != middle; ++j) redo(j);
     for (int64_t j = n - 1; column[j] != middle; --j) redo(j);
+    if (s_.channels_last) {
+      const int64_t last = ((b * s_.out_h + oh) * s_.out_w + ow) * s_.features + o;
+      finish_positions(end_, y, last, s_.features, o, n);
+      for (int64_t j = 0; j < n; ++j) y_[last + j * s_.features] = y[j];
+    } else {
+      finish_positions(end_, y, at, 1, o, n);
+    }
   }
 
  private:
@@ -208,6 +231,7 @@ class ConvResult {
 
   const ConvShape& s_;
   Border rows_, cols_;
+  Epilogue end_;
   float* y_;
   int32_t* acc_;
   std::vector<float> acc_scale_, sx_scale_, constant_;

@@ -14,6 +14,7 @@ void depthwise_conv2d(const ConvShape& s, const int8_t* x, const int8_t* codes,
 
 namespace {
 
+static_assert(kDotWidth <= kLongestRun);
 constexpr int64_t kSegment = 256;             // output columns of one task
 constexpr int64_t kWindowBytes = 192 * 1024;  // window of one task, to stay in the L2 cache
 
@@ -160,6 +161,7 @@ class DirectConv {
     }
     const auto* lanes = reinterpret_cast<const uint8_t*>(panel + origin);
     const int64_t first = task.g * s_.group_features(), last = first + s_.group_features();
+    result_.expect(task.b, first, last, oh, ow, n);
     for (int64_t o = first; o < last; o += kDotRows) {
       const int64_t rows = std::min<int64_t>(kDotRows, last - o), pitch = kernel_.steps * 4;
       kDotTiles.at[rows - 1][vecs - 1](kernel_.codes.get() + o * pitch, pitch, lanes, offset,
@@ -203,8 +205,11 @@ void qmir_conv2d_acc(const int8_t* x, const uint8_t* weight, const ConvShape* sh
 
 void qmir_conv2d(const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,
                  const float* w_step, const float* w_shift, const float* bias,
-                 const float* x_offset, const ConvShape* shape, float* y) {
-  convolve(*shape, {x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset}, y, nullptr);
+                 const float* x_offset, const float* residual_scale, const float* residual,
+                 const ConvShape* shape, float* y) {
+  convolve(*shape,
+           {x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, residual_scale, residual},
+           y, nullptr);
 }
 
 }  // extern "C"

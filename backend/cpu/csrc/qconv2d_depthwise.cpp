@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kWidth = 32;                    // columns of one vector
 constexpr int64_t kWindowBytes = 128 * 1024;  // window of one task
+static_assert(kWidth <= kLongestRun);
 
 // out[column] = sum over taps of window[tap + column] * weight[tap], in int16.
 void dot_narrow(const int16_t* window, const int64_t* tap, const int8_t* weight, int64_t taps,

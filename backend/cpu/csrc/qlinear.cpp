@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "dot_tile.h"
+#include "epilogue.h"
 #include "qlinear.cuh"
 
 using namespace qmir;
@@ -160,13 +161,15 @@ void qmir_linear_acc(const int8_t* x, const uint8_t* weight, int64_t bits, int64
              });
 }
 
-// rows = groups * rows_per_group; w_steps and w_shifts are 1 or `features`; bias may be null. One
-// group for each row (tokens with statistics of their own) computes its constants where it uses
+// rows = groups * rows_per_group; w_steps and w_shifts are 1 or `features`; bias, residual and
+// residual_scale may be null. One group for each row (tokens with statistics of their own) computes its constants where it uses
 // them: a table would be three times as large as the result.
 void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,
-                 const float* w_step, const float* w_shift, const float* bias, int64_t bits,
-                 int64_t groups, int64_t rows_per_group, int64_t inputs, int64_t features,
-                 int64_t w_steps, int64_t w_shifts, float* y) {
+                 const float* w_step, const float* w_shift, const float* bias,
+                 const float* residual, const float* residual_scale, int64_t bits, int64_t groups,
+                 int64_t rows_per_group, int64_t inputs, int64_t features, int64_t w_steps,
+                 int64_t w_shifts, int64_t activation, float* y) {
+  const Epilogue end{residual, residual_scale, (ExactActivation)activation};
   const Weight w(weight, bits, features, inputs);
   const bool per_row = rows_per_group == 1;
   const Affine affine(w, per_row ? 0 : groups, x_step, x_shift, w_steps, w_shifts, w_step, w_shift,
@@ -175,11 +178,14 @@ void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, con
       x, groups * rows_per_group, w,
       [&](const int8_t* block, int64_t pitch, int64_t row0, int64_t count, int64_t first,
           int64_t last, const int32_t* sums) {
+        if (last - first == features)
+          fetch_residuals(end, row0 * features, count * features);
         multiply(block, pitch, count, w, first, last,
                  [&](int64_t r, int64_t o, int64_t n, const int32_t* acc) {
                    const float sx = (float)sums[r];
                    const uint32_t bias_sum = (uint32_t)kCodeBias * (uint32_t)sums[r];
-                   float* out = y + (row0 + r) * features + o;
+                   const int64_t place = (row0 + r) * features + o;
+                   float* out = y + place;
                    if (per_row) {
                      const float step = x_step[row0 + r], shift = x_shift[row0 + r];
                      for (int64_t j = 0; j < n; ++j) {
@@ -190,6 +196,7 @@ void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, con
                        out[j] = affine_result((int32_t)((uint32_t)acc[j] - bias_sum), sx, step * ws,
                                               step * wb, constant);
                      }
+                     finish_channels(end, out, place, o, n);
                      return;
                    }
                    const int64_t at = (row0 + r) / rows_per_group * features + o;
@@ -199,6 +206,7 @@ void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, con
                    for (int64_t j = 0; j < n; ++j)
                      out[j] = affine_result((int32_t)((uint32_t)acc[j] - bias_sum), sx, scale[j],
                                             sx_scale[j], constant[j]);
+                   finish_channels(end, out, place, o, n);
                  });
       });
 }

@@ -10,6 +10,7 @@ pytest.importorskip("hypothesis", reason="the operands are drawn by modules that
 from support.cases import DLS_RANGES, DLS_SHAPES, DLS_V, DLS_W, dls_case
 from support.chain_cases import CHAINS, chain_arguments, same_results, views
 from support.convolutions import NAMED, offsets, operands
+from support.epilogues import END, LAYOUTS, ending, same_values
 from support.gpu import moved, needs_gpu
 from support.integers import linear_operands, same_bytes
 from support.tolerances import BOUNDARY_STEPS, PAIR_STATISTIC, chain_grid
@@ -49,6 +50,23 @@ def test_linear(size: tuple[int, int, int], bits: int) -> None:
         for x in (args[0], args[0].clamp(-8, 7)):
             assert same(QMIR.linear, linear_ref, (x, *args[1:]))
             assert same(QMIR.linear_acc, linear_acc_ref, (x, args[3], bits, features))
+
+
+@pytest.mark.parametrize("end", END)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["body-3x3", "pointwise", "depthwise"])
+def test_residuals_and_activations(name: str, layout: str, end: str) -> None:
+    args, weight = operands(11, NAMED[name], 4)
+    epilogue = ending(1, end, conv2d_ref(*args).shape, weight.shape[0])
+    if epilogue.residual is not None:
+        epilogue = epilogue._replace(residual=LAYOUTS[layout](epilogue.residual))
+    wanted = conv2d_ref(*args, *epilogue)
+    got = QMIR.conv2d(*moved((*args, *epilogue), "cuda"))
+    assert same_values(got.cpu(), wanted) and got.stride() == wanted.stride()
+    rows, _ = linear_operands(7, (70, 60), 66, 4, True, True)
+    epilogue = ending(1, end, torch.Size((70, 66)), 66)
+    got = QMIR.linear(*moved((*rows, *epilogue), "cuda"))
+    assert same_values(got.cpu(), linear_ref(*rows, *epilogue))
 
 
 @pytest.mark.parametrize("grid", DLS_RANGES, ids=str)

@@ -1,0 +1,37 @@
+"""What an integer operator does behind its own arithmetic, as nodes of a graph."""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+import qmir_ao.ops.conv2d
+import qmir_ao.ops.linear  # noqa: F401  (define the operators named below)
+from qmir_ao.ops._epilogue import Epilogue
+from qmir_ao.quant.patterns import arguments
+
+qmir = torch.ops.qmir
+
+OWN_ARGUMENTS: dict[Any, int] = {qmir.linear.default: 9, qmir.conv2d.default: 14}
+"""How many arguments an integer operator has before those of its epilogue."""
+
+
+def own_arguments(node: Node) -> tuple[Any, ...]:
+    """Arguments of an integer operator without its epilogue: its result before it."""
+    return arguments(node)[: OWN_ARGUMENTS.get(node.target)]
+
+
+def epilogue_of(node: Node) -> Epilogue:
+    """The epilogue of an integer operator; tensors are nodes. Of scans, which have none, too."""
+    count = OWN_ARGUMENTS.get(node.target)
+    return Epilogue(*(() if count is None else arguments(node)[count:]))
+
+
+def epilogue_parts(node: Node) -> list[str]:
+    """Names of the float operators that the epilogue of an integer operator stands for."""
+    end = epilogue_of(node)
+    return [
+        *(["add"] if end.residual is not None else []),
+        *(["mul"] if end.residual_scale is not None else []),
+        *([end.activation] if end.activation != "none" else []),
+    ]
