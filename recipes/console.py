@@ -86,6 +86,11 @@ def emit_json(document: Mapping[str, Any]) -> None:
     OUT.file.flush()
 
 
+def emit_text(text: str) -> None:
+    """Print text on stdout as it is: a path in it can be copied, however narrow the window."""
+    OUT.print(text, markup=False, soft_wrap=True)
+
+
 def emit_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout; the first column is text, the others are numbers."""
     table = Table(title=title or None, title_justify="left", header_style="bold")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qmir_ao.recipes.commands import options
-from qmir_ao.recipes.console import OUT, emit_json, emit_table, progress, status
+from qmir_ao.recipes.console import emit_json, emit_table, emit_text, progress, status
 from qmir_ao.recipes.widths import WIDTHS, Width
 
 STEPS = {width.bits: width.iterations for width in WIDTHS}
@@ -33,7 +33,7 @@ def demo(
         ["", "PSNR-Y, dB", "SSIM-Y", "weights, bytes", "integer ops", "float ops", "ms"],
         [_row(method) for method in document["methods"]],
     )
-    OUT.print(f"Report: {output / 'report.html'} ({document['seconds']['total']:.0f} s)")
+    emit_text(f"Report: {output / 'report.html'} ({document['seconds']['total']:.0f} s)")
 
 
 def _row(method: dict[str, Any]) -> list[str]:

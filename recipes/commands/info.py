@@ -7,7 +7,7 @@ import typer
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.commands import options
-from qmir_ao.recipes.console import OUT, emit_facts, emit_json, emit_table, status
+from qmir_ao.recipes.console import OUT, emit_facts, emit_json, emit_table, emit_text, status
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,7 +166,7 @@ def _show_explanation(model: "nn.Module", facts: dict[str, Any], as_json: bool) 
         emit_json(facts | explanation.to_dict())
         return
     emit_facts(facts)
-    OUT.print(str(explanation), markup=False, highlight=False, soft_wrap=True)
+    emit_text(str(explanation))
 
 
 def _show_lowered(model: "LoweredModule", facts: dict[str, Any], as_json: bool) -> None:
@@ -177,4 +177,4 @@ def _show_lowered(model: "LoweredModule", facts: dict[str, Any], as_json: bool) 
     rows = [[str(record[column]) for column in COLUMNS] for record in report["operators"]]
     emit_facts({**facts, "bytes": _bytes(model)})
     emit_table("integer operators", [column.replace("_", " ") for column in COLUMNS], rows)
-    OUT.print(str(model.report), markup=False)
+    emit_text(str(model.report))

@@ -9,7 +9,7 @@ import typer
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.commands import options
-from qmir_ao.recipes.console import OUT, emit_json, emit_table, progress, status
+from qmir_ao.recipes.console import emit_json, emit_table, emit_text, progress, status
 
 
 def reproduce(
@@ -105,8 +105,8 @@ def _print(document: dict[str, Any], request: Any) -> None:
     name = request.experiment
     emit_table(f"{name}: {document['title']} ({request.scale}: {networks})", header, rows)
     for reason, count in Counter(r["status"] for r in document["rows"] if not r["ran"]).items():
-        OUT.print(f"{count} rows {reason}")
-    OUT.print(f"Page: {request.output / f'{name}.md'}")
+        emit_text(f"{count} rows {reason}")
+    emit_text(f"Page: {request.output / f'{name}.md'}")
 
 
 def _compare(request: Any, workers: int, as_json: bool) -> None:
@@ -117,7 +117,7 @@ def _compare(request: Any, workers: int, as_json: bool) -> None:
     if as_json:
         emit_json(json.loads((page.parent / "qat-x2.json").read_text()))
         return
-    OUT.print(f"Page: {page}")
+    emit_text(f"Page: {page}")
 
 
 def _weights(given: list[str]) -> dict[str, Path | None]:

@@ -86,7 +86,7 @@ def test_every_stage_runs_once_and_results_are_written(
     assert {e["seconds_per_step"] for e in entries if e["weight_bits"] != 8} == {0.125}
     assert {e["learning_rate"] for e in entries} == {3.2e-3}
     assert "**Unfinished" not in (tmp_path / "README.md").read_text()
-    assert "README.md" in capsys.readouterr().out
+    assert f"Page: {tmp_path / 'README.md'}" in capsys.readouterr().out
     count = len(trained)
     assert _command(tmp_path, photos) == 0 and len(trained) == count
 
