@@ -98,7 +98,7 @@ def compare_with_float(
 
 
 def pair_operators(graph: GraphModule, lowered: LoweredModule) -> dict[Node, Node]:
-    """The operator of the float network for each integer operator, in the order they run.
+    """The operator of the float network for each integer operator, in the former's order.
 
     Raises:
         ConfigError: an integer operator has none.
@@ -121,7 +121,8 @@ def pair_operators(graph: GraphModule, lowered: LoweredModule) -> dict[Node, Nod
             pairs[node] = known[path, kind].pop(0)
     if not pairs:
         raise ConfigError("compare: the lowered network holds no integer operator")
-    return pairs
+    order = {node: index for index, node in enumerate(graph.graph.nodes)}
+    return dict(sorted(pairs.items(), key=lambda pair: order[pair[1]]))
 
 
 class _FloatOutputs(Interpreter):

@@ -64,7 +64,8 @@ class FuseEpilogue(Pass):
     The result before them is never written: x + conv(y), x * skip_scale + linear(y), relu(conv(y)),
     also where a permute stands behind a convolution. Then the residual is read as it lies, and the
     result lies like it. A sum is taken where nothing else reads the operator's result, the other
-    operand is a float32 tensor of its size, and no view of the sum would miss its order in memory;
+    operand is a float32 tensor of its size, no other call of the operator's module stands in
+    between, and no view of the sum would miss its order in memory;
     factors, where they are one constant for each channel. The channel shift of a quantizer stays
     its own (`FuseDlsStatistics`). Other activations round otherwise than torch's and are left to
     the quantizer that reads them (`FuseNormChain`). Exact: every operation rounds as it did.
@@ -93,6 +94,8 @@ class FuseEpilogue(Pass):
             producer, residual = found
             if producer is None or epilogue_of(producer.node).activation != "none":
                 continue
+            if _passes_a_call(producer.node, node):
+                continue
             if residual is None:
                 _add_relu(node, producer)
             else:
@@ -103,6 +106,19 @@ class FuseEpilogue(Pass):
             # A permute now stands behind the operator where a sum did, before other permutes.
             DropIdentity().rewrite(graph_module)
         return changed
+
+
+def _passes_a_call(producer: Node, end: Node) -> bool:
+    """Whether another call of the same module stands in between.
+
+    The calls of a module are told apart by their order; see `backend/comparison.py`.
+    """
+    module, node = module_of_part(producer), producer.next
+    while node is not end:
+        if node.target in OWN_ARGUMENTS and module_of_part(node) == module:
+            return True
+        node = node.next
+    return False
 
 
 def _is_plain(node: Node, targets: tuple[Any, ...], operands: int) -> bool:
