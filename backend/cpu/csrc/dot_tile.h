@@ -1,7 +1,9 @@
 // Register-blocked int8 dot products. One operand ("rows") is signed and is broadcast four codes at
 // a time; the other ("lanes") holds code + 128 as unsigned bytes, [step][lane][4], so that one
 // instruction (AVX-512 VNNI, AVX-VNNI) adds four products to each int32 lane. The caller takes the
-// 128 * sum(rows) off again; all sums are modulo 2^32, so the true result is exact.
+// 128 * sum(rows) off again; all sums are modulo 2^32, so the true result is exact. Operands whose
+// products in pairs stay below 2^15 ("narrow": one of them has at most 4 bits) need a third of the
+// instructions where there is no VNNI.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -19,6 +21,7 @@ namespace qmir {
 constexpr int kDotRows = 6;
 constexpr int kCodeBias = 128;
 constexpr uint32_t kFourBiases = 0x80808080u;
+constexpr int64_t kNarrowBits = 4;
 constexpr int64_t kParallelWork = 1 << 18;  // products below which one thread is faster
 
 #if defined(__AVX512VNNI__)
@@ -27,6 +30,7 @@ constexpr int kDotVecs = 4;
 static inline dot_vec dot_splat(int32_t four) {
   return _mm512_set1_epi32(four);
 }
+template <bool kNarrow>
 static inline dot_vec dot4(dot_vec acc, dot_vec lanes, dot_vec row) {
   return _mm512_dpbusd_epi32(acc, lanes, row);
 }
@@ -36,10 +40,14 @@ constexpr int kDotVecs = 2;
 static inline dot_vec dot_splat(int32_t four) {
   return _mm256_set1_epi32(four);
 }
+template <bool kNarrow>
 static inline dot_vec dot4(dot_vec acc, dot_vec lanes, dot_vec row) {
 #if defined(__AVXVNNI__)
   return _mm256_dpbusd_avx_epi32(acc, lanes, row);
 #else
+  if constexpr (kNarrow)
+    return _mm256_add_epi32(
+        acc, _mm256_madd_epi16(_mm256_maddubs_epi16(lanes, row), _mm256_set1_epi16(1)));
   // maddubs would saturate: even and odd bytes apart, each pair of 16-bit products is exact.
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(lanes, _mm256_set1_epi16(255)),
                                          _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8));
@@ -53,6 +61,7 @@ constexpr int kDotVecs = 2;
 static inline dot_vec dot_splat(int32_t four) {
   return dot_vec{} + four;
 }
+template <bool kNarrow>
 static inline dot_vec dot4(dot_vec acc, dot_vec lanes, dot_vec row) {
   acc += (lanes & 255) * ((row << 24) >> 24);
   acc += ((lanes >> 8) & 255) * ((row << 16) >> 24);
@@ -72,7 +81,7 @@ static inline dot_vec dot_load(const uint8_t* p) {
 
 // out[r][lane] = sum over steps and the four codes of each of lanes * rows. Step s reads the four
 // codes at rows + r * pitch + 4 * s and kVecs vectors at lanes + offset[s].
-template <int kRows, int kVecs>
+template <bool kNarrow, int kRows, int kVecs>
 void dot_tile(const int8_t* rows, int64_t pitch, const uint8_t* lanes, const int64_t* offset,
               int64_t steps, int32_t* out) {
   dot_vec acc[kRows][kVecs] = {};
@@ -87,7 +96,7 @@ void dot_tile(const int8_t* rows, int64_t pitch, const uint8_t* lanes, const int
       std::memcpy(&four, rows + r * pitch + 4 * s, sizeof four);
       const dot_vec row = dot_splat(four);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) acc[r][j] = dot4(acc[r][j], v[j], row);
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = dot4<kNarrow>(acc[r][j], v[j], row);
     }
   }
 #pragma GCC unroll 8
@@ -103,17 +112,22 @@ struct DotTiles {
   DotTile at[kDotRows][kDotVecs];
 };
 
-template <int... kIndex>
+template <bool kNarrow, int... kIndex>
 constexpr DotTiles make_dot_tiles(std::integer_sequence<int, kIndex...>) {
   DotTiles tiles{};
   ((tiles.at[kIndex / kDotVecs][kIndex % kDotVecs] =
-        dot_tile<kIndex / kDotVecs + 1, kIndex % kDotVecs + 1>),
+        dot_tile<kNarrow, kIndex / kDotVecs + 1, kIndex % kDotVecs + 1>),
    ...);
   return tiles;
 }
 
+template <bool kNarrow>
 constexpr DotTiles kDotTiles =
-    make_dot_tiles(std::make_integer_sequence<int, kDotRows * kDotVecs>{});
+    make_dot_tiles<kNarrow>(std::make_integer_sequence<int, kDotRows * kDotVecs>{});
+
+static inline const DotTiles& dot_tiles(bool narrow) {
+  return narrow ? kDotTiles<true> : kDotTiles<false>;
+}
 
 // Uninitialised memory on a cache line, freed at the end of the scope.
 template <class T>

@@ -138,7 +138,7 @@ class DirectConv {
     for (int64_t i = 0; i < plane; i += kDotLanes) {
       dot_vec acc = dot_splat(-bias);
       for (int64_t q = 0; q < kernel_.quads; ++q)
-        acc = dot4(acc, dot_load(reinterpret_cast<const uint8_t*>(panel + q * plane + i)), ones);
+        acc = dot4<true>(acc, dot_load(reinterpret_cast<const uint8_t*>(panel + q * plane + i)), ones);
       std::memcpy(sums + i, &acc, sizeof acc);
     }
   }
@@ -161,11 +161,12 @@ class DirectConv {
     }
     const auto* lanes = reinterpret_cast<const uint8_t*>(panel + origin);
     const int64_t first = task.g * s_.group_features(), last = first + s_.group_features();
+    const DotTiles& tiles = dot_tiles(s_.bits <= kNarrowBits);
     result_.expect(task.b, first, last, oh, ow, n);
     for (int64_t o = first; o < last; o += kDotRows) {
       const int64_t rows = std::min<int64_t>(kDotRows, last - o), pitch = kernel_.steps * 4;
-      kDotTiles.at[rows - 1][vecs - 1](kernel_.codes.get() + o * pitch, pitch, lanes, offset,
-                                       kernel_.steps, tile);
+      tiles.at[rows - 1][vecs - 1](kernel_.codes.get() + o * pitch, pitch, lanes, offset,
+                                   kernel_.steps, tile);
       for (int64_t r = 0; r < rows; ++r)
         result_.write(task.b, o + r, oh, ow, n, tile + r * width, kernel_.bias[o + r], sx_float);
     }

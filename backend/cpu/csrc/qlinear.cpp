@@ -16,6 +16,8 @@ constexpr int64_t kRowBlock = 48;
 
 struct Weight {
   int64_t features, inputs, padded, steps;
+  bool narrow;
+  uint32_t bias;  // of the codes in the lanes, which it makes unsigned and keeps narrow
   Scratch<uint8_t> lanes;
   Scratch<int32_t> sums;
   Scratch<int64_t> offset;
@@ -25,6 +27,8 @@ struct Weight {
         inputs(inputs),
         padded(round_up(features, kDotLanes)),
         steps((inputs + 3) / 4),
+        narrow(bits <= kNarrowBits),
+        bias(narrow ? 1u << (kNarrowBits - 1) : kCodeBias),
         lanes(padded * steps * 4),
         sums(features),
         offset(steps) {
@@ -47,7 +51,7 @@ struct Weight {
     for (int64_t s = 0; s < steps; ++s) {
       uint32_t four = 0;
       std::memcpy(&four, row + 4 * s, count ? std::min<int64_t>(4, count - 4 * s) : 0);
-      four ^= kFourBiases;
+      four = (four ^ kFourBiases) - 0x01010101u * (kCodeBias - bias);
       std::memcpy(&lanes[s * padded * 4 + o * 4], &four, 4);
     }
     for (int64_t k = 0; k < count; ++k) sum += row[k];
@@ -88,7 +92,7 @@ void row_sums(const int8_t* x, int64_t pitch, int64_t count, int64_t steps, int3
   std::fill_n(still.get(), steps, 0);
   for (int64_t r = 0; r < count; r += kDotRows) {
     const int64_t rows = std::min<int64_t>(kDotRows, count - r);
-    kDotTiles.at[rows - 1][0](x + r * pitch, pitch, ones, still.get(), steps, tile);
+    dot_tiles(true).at[rows - 1][0](x + r * pitch, pitch, ones, still.get(), steps, tile);
     for (int64_t i = 0; i < rows; ++i) sums[r + i] = tile[i * kDotLanes];
   }
 }
@@ -99,6 +103,7 @@ template <class Finish>
 void multiply(const int8_t* x, int64_t pitch, int64_t count, const Weight& w, int64_t first,
               int64_t last, const Finish& finish) {
   alignas(64) int32_t tile[kDotRows * kDotWidth];
+  const DotTiles& products = dot_tiles(w.narrow);
   const int64_t all = (last - first + kDotLanes - 1) / kDotLanes;
   // Tiles of equal width: a narrow one at the end would cost almost as much as a full one.
   const int64_t tiles = (all + kDotVecs - 1) / kDotVecs, vecs = (all + tiles - 1) / tiles;
@@ -107,8 +112,8 @@ void multiply(const int8_t* x, int64_t pitch, int64_t count, const Weight& w, in
     const int64_t width = used * kDotLanes, n = std::min(width, last - o);
     for (int64_t r = 0; r < count; r += kDotRows) {
       const int64_t rows = std::min<int64_t>(kDotRows, count - r);
-      kDotTiles.at[rows - 1][used - 1](x + r * pitch, pitch, w.lanes.get() + o * 4, w.offset.get(),
-                                       w.steps, tile);
+      products.at[rows - 1][used - 1](x + r * pitch, pitch, w.lanes.get() + o * 4, w.offset.get(),
+                                      w.steps, tile);
       for (int64_t i = 0; i < rows; ++i) finish(r + i, o, n, tile + i * width);
     }
   }
@@ -153,7 +158,7 @@ void qmir_linear_acc(const int8_t* x, const uint8_t* weight, int64_t bits, int64
                  int64_t last, const int32_t* sums) {
                multiply(block, pitch, count, w, first, last,
                         [&](int64_t r, int64_t o, int64_t n, const int32_t* acc) {
-                          const uint32_t bias = (uint32_t)kCodeBias * (uint32_t)sums[r];
+                          const uint32_t bias = w.bias * (uint32_t)sums[r];
                           int32_t* out = y + (row0 + r) * features + o;
                           for (int64_t j = 0; j < n; ++j)
                             out[j] = (int32_t)((uint32_t)acc[j] - bias);
@@ -183,7 +188,7 @@ void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, con
         multiply(block, pitch, count, w, first, last,
                  [&](int64_t r, int64_t o, int64_t n, const int32_t* acc) {
                    const float sx = (float)sums[r];
-                   const uint32_t bias_sum = (uint32_t)kCodeBias * (uint32_t)sums[r];
+                   const uint32_t bias_sum = w.bias * (uint32_t)sums[r];
                    const int64_t place = (row0 + r) * features + o;
                    float* out = y + place;
                    if (per_row) {
