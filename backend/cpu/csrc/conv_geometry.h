@@ -164,7 +164,8 @@ class ConvResult {
         fetch_residuals(end_, (b * s_.features + o) * plane + pixel, n);
   }
 
-  // n <= kLongestRun neighbouring outputs of one row: acc - bias are the sums of products, sx those of codes.
+  // n <= kLongestRun neighbouring outputs of one row: acc - bias are the sums of products, sx those
+  // of codes.
   void write(int64_t b, int64_t o, int64_t oh, int64_t ow, int64_t n, const int32_t* acc,
              uint32_t bias, const float* sx) const {
     const int64_t at = ((b * s_.features + o) * s_.out_h + oh) * s_.out_w + ow;

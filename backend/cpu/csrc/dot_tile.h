@@ -22,6 +22,11 @@ constexpr int kDotRows = 6;
 constexpr int kCodeBias = 128;
 constexpr uint32_t kFourBiases = 0x80808080u;
 constexpr int64_t kNarrowBits = 4;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr bool kNarrowHelps = true;
+#else
+constexpr bool kNarrowHelps = false;
+#endif
 constexpr int64_t kParallelWork = 1 << 18;  // products below which one thread is faster
 
 #if defined(__AVX512VNNI__)
@@ -126,7 +131,7 @@ constexpr DotTiles kDotTiles =
     make_dot_tiles<kNarrow>(std::make_integer_sequence<int, kDotRows * kDotVecs>{});
 
 static inline const DotTiles& dot_tiles(bool narrow) {
-  return narrow ? kDotTiles<true> : kDotTiles<false>;
+  return narrow ? kDotTiles<kNarrowHelps> : kDotTiles<false>;
 }
 
 // Uninitialised memory on a cache line, freed at the end of the scope.

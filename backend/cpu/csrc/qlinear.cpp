@@ -167,8 +167,8 @@ void qmir_linear_acc(const int8_t* x, const uint8_t* weight, int64_t bits, int64
 }
 
 // rows = groups * rows_per_group; w_steps and w_shifts are 1 or `features`; bias, residual and
-// residual_scale may be null. One group for each row (tokens with statistics of their own) computes its constants where it uses
-// them: a table would be three times as large as the result.
+// residual_scale may be null. One group for each row (tokens with statistics of their own) computes
+// its constants where it uses them: a table would be three times as large as the result.
 void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,
                  const float* w_step, const float* w_shift, const float* bias,
                  const float* residual, const float* residual_scale, int64_t bits, int64_t groups,

@@ -1,6 +1,6 @@
 // Statistics of the groups that DLS quantizes, in one fixed order: chunks of a group, deviations from
-// its first element in eight lanes, chunks combined in index order, kFold at a time. Whoever produces the values
-// gives the same bytes, and so does any number of threads.
+// its first element in eight lanes, chunks combined in index order, kFold at a time. Whoever produces
+// the values gives the same bytes, and so does any number of threads.
 #pragma once
 #include <omp.h>
 
