@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qmir_ao.ops.chain_quantize import ACTIVATIONS, STATISTICS, ChainArgs
+from qmir_ao.ops.chain_quantize import STATISTICS, ChainArgs
 
-ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 STATISTICS_NUMBERS = {name: number for number, name in enumerate(STATISTICS)}
 
 Strides = tuple[int, int, int]

@@ -348,7 +348,7 @@ QMIR_DEVICE void linear(const int8_t* x, const uint8_t* weight, int bits, const 
                    rows_per_group,                                                                 \
                    w_steps,                                                                        \
                    w_shifts,                                                                       \
-                   {residual, residual_scale, (ExactActivation)activation}},                       \
+                   {residual, residual_scale, (Activation)activation}},                       \
                   {rows, inputs, features}, y);                                                    \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(128, 5)                                             \

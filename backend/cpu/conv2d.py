@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,14 @@ from qmir_ao.backend.cpu.build import pointer
 from qmir_ao.backend.cpu.registration import cpu_kernel
 from qmir_ao.ops._convolution import Geometry, check_convolution
 from qmir_ao.ops._epilogue import Epilogue, image_format
-from qmir_ao.ops.conv2d import check_conv2d, conv2d_acc_ref, conv2d_ref
+from qmir_ao.ops._moments import check_moments_offset, check_some, empty_moments, split_offset
+from qmir_ao.ops.conv2d import (
+    PARAMETERS,
+    check_conv2d,
+    conv2d_acc_ref,
+    conv2d_moments_ref,
+    conv2d_ref,
+)
 
 
 def _shape(
@@ -59,9 +67,10 @@ def _conv2d_acc(
     return y
 
 
-@cpu_kernel("conv2d", conv2d_ref)
-def _conv2d(
+def _run(
     lib: ctypes.CDLL,
+    wants_moments: bool,
+    moments_offset: Tensor | None,
     x: Tensor,
     x_step: Tensor,
     x_shift: Tensor,
@@ -79,7 +88,7 @@ def _conv2d(
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
     activation: str = "none",
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
     end = Epilogue(residual, residual_scale, activation)
     out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry, end)
@@ -87,12 +96,29 @@ def _conv2d(
     kept = [None if t is None else t.contiguous() for t in tensors]
     layout = image_format(residual)
     kept.append(None if residual is None else residual.contiguous(memory_format=layout))
+    check_moments_offset("conv2d_moments", moments_offset, weight_size[0])
+    kept.append(None if moments_offset is None else moments_offset.contiguous())
     size = (x.shape[0], weight_size[0], *out)
     y = torch.empty(size, dtype=torch.float32, memory_format=layout)
+    moments = None
+    if wants_moments:
+        check_some("conv2d_moments", y)
+        moments = empty_moments(y, weight_size[0])
     if y.numel():
         offsets = 0 if x_offset is None else x_offset.numel()
         counts = (x_step.numel(), w_step.numel(), w_shift.numel(), offsets)
         written = (int(layout is torch.channels_last), end.kind)
         shape = _shape(x, geometry, out, counts, written)
-        lib.qmir_conv2d(*map(pointer, kept), shape, pointer(y))
-    return y
+        lib.qmir_conv2d(*map(pointer, (*kept, moments)), shape, pointer(y))
+    return y, moments
+
+
+@cpu_kernel("conv2d", conv2d_ref)
+def _conv2d(lib: ctypes.CDLL, *args: Any) -> Tensor:
+    return _run(lib, False, None, *args)[0]
+
+
+@cpu_kernel("conv2d_moments", conv2d_moments_ref)
+def _conv2d_moments(lib: ctypes.CDLL, *args: Any) -> tuple[Tensor, Tensor | None]:
+    own, offset = split_offset(args, PARAMETERS)
+    return _run(lib, True, offset, *own)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmir_ao.backend.chain_layout import ACTIVATION_NUMBERS, Layout, lay_out
+from qmir_ao.backend.chain_layout import Layout, lay_out
 from qmir_ao.backend.cuda.dls import (
     CHUNK,
     SHORT,
@@ -31,6 +31,7 @@ from qmir_ao.backend.cuda.dls import (
 )
 from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, check_device, dense
 from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared
+from qmir_ao.ops._activations import ACTIVATION_NUMBERS
 from qmir_ao.ops._affine import code_dtype
 from qmir_ao.ops.chain_quantize import OP, ChainArgs, chain_quantize_ref, check_chain
 

@@ -5,7 +5,7 @@
 
 namespace qmir {
 
-// In the order of `ACTIVATIONS` of qmir_ao/ops/chain_quantize.py.
+// In the order of `ACTIVATIONS` of qmir_ao/ops/_activations.py.
 enum class Activation : int64_t { none, relu, sigmoid, silu, gelu, gelu_tanh };
 
 // Share of the standard normal distribution above |x|: exp(-x^2 / 2) * t * p(t) with

@@ -102,7 +102,7 @@ struct ConvEnd {
 
 #define QMIR_CONV_END_OF                                                                      \
   ConvEnd {                                                                                   \
-    {residual, residual_scale, (ExactActivation)activation}, channels_last != 0               \
+    {residual, residual_scale, (Activation)activation}, channels_last != 0               \
   }
 
 }  // namespace qmir

@@ -2,28 +2,23 @@
 
     y = activation(y + residual_scale[o] * residual)
 
-Every operation rounds to float32 on its own, as separate operators do, so that a result is theirs
-to the byte. Activations are those for which every target gives the same bytes.
+Every operation rounds to float32 on its own, as separate operators do, so that a result without an
+activation, or with relu, is theirs to the byte. Kernels round the other activations otherwise than
+torch (`qmir_ao.ops._activations`).
 
 Shape letters: O = output channels.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qmir_ao.ops._activations import ACTIVATION_NUMBERS, ACTIVATIONS
 from qmir_ao.ops._integer import require
 
 ARGUMENTS = 'Tensor? residual=None, Tensor? residual_scale=None, str activation="none"'
 """The end of a schema."""
-
-EXACT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-}
-"""By name, in the order that the kernels count them."""
 
 
 class Epilogue(NamedTuple):
@@ -36,16 +31,16 @@ class Epilogue(NamedTuple):
     @property
     def kind(self) -> int:
         """The activation as the kernels count it."""
-        return list(EXACT_ACTIVATIONS).index(self.activation)
+        return ACTIVATION_NUMBERS[self.activation]
 
 
 def check_epilogue(op: str, epilogue: Epilogue, size: tuple[int, ...], features: int) -> None:
     """Refuse an epilogue that does not fit results of a shape with so many channels."""
     residual, scale, activation = epilogue
     require(
-        activation in EXACT_ACTIVATIONS,
+        activation in ACTIVATIONS,
         lambda: (
-            f"qmir::{op}: activation must be one of {', '.join(EXACT_ACTIVATIONS)}, "
+            f"qmir::{op}: activation must be one of {', '.join(ACTIVATIONS)}, "
             f"got {activation!r}; apply others to the result"
         ),
     )
@@ -74,7 +69,7 @@ def apply_epilogue(y: Tensor, epilogue: Epilogue, per_channel: tuple[int, ...]) 
     if residual is not None:
         scaled = residual if scale is None else residual * scale.reshape(per_channel)
         y = scaled + y
-    return EXACT_ACTIVATIONS[activation](y)
+    return ACTIVATIONS[activation](y)
 
 
 def lies_channels_last(residual: Tensor | None) -> bool:

@@ -6,6 +6,7 @@
     y = y * gate_activation(gate)                               with `gate`
     y = y + offset                                              one shift for each channel of `dim`
     step, shift = dls_qparams(y) of each sample, token or of the whole tensor
+                  with `moments`: from the statistics that the operator which made x has found
     codes = dls_quantize(y, step, shift)
 
 Layer norm and activations are torch's. A kernel may round them otherwise, by a few units of 2^-24:
@@ -17,28 +18,19 @@ Source: Q-MambaIR (arXiv 2503.21970), equations 5, 6, 9 and 10, for the quantize
 Shape letters: C = channels, the size of dimension `dim`; G = groups with statistics of their own.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmir_ao.ops._affine import as_rows, check_range, code_dtype, compute_dtype
+from qmir_ao.ops._activations import ACTIVATIONS
+from qmir_ao.ops._affine import as_rows, check_finite, check_range, code_dtype, compute_dtype
 from qmir_ao.ops._library import define
-from qmir_ao.ops.dls import check_scalars, dls_quantize_ref, predict
+from qmir_ao.ops._moments import check_moments, merge_moments
+from qmir_ao.ops.dls import check_scalars, dls_quantize_ref, predict, predict_from
 
 OP = "chain_quantize"
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-"""By name, in the order that the kernels count them."""
 
 STATISTICS = ("sample", "token", "tensor")
 """What has a step of its own: each entry of dimension 0, each row of the last one, or everything;
@@ -63,6 +55,8 @@ class ChainArgs(NamedTuple):
     quant_max: int
     statistics: str
     cap: bool
+    moments: Tensor | None = None
+    moments_channels: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -71,6 +65,16 @@ class ChainArgs(NamedTuple):
         if self.statistics == "token":
             return size[:-1].numel()
         return 1 if self.statistics == "tensor" or not size else size[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether x is quantized as it is, or shifted."""
+        return self.norm_eps is None and self.activation == "none" and self.gate is None
+
+    @property
+    def may_have_moments(self) -> bool:
+        """Whether its statistics are those of channels of x."""
+        return self.is_plain and self.statistics != "token"
 
     @property
     def size(self) -> torch.Size:
@@ -86,6 +90,9 @@ def check_chain(chain: ChainArgs) -> None:
     check_range(OP, chain.quant_min, chain.quant_max)
     problem = _problem(chain)
     torch._check(problem is None, lambda: f"qmir::{OP}: {problem}")
+    if chain.moments is not None:
+        samples = chain.x.shape[0] if chain.x.dim() > 1 else 1
+        check_moments(OP, chain.moments, chain.moments_channels, samples)
 
 
 def _problem(chain: ChainArgs) -> str | None:
@@ -101,6 +108,8 @@ def _problem(chain: ChainArgs) -> str | None:
             "statistics must be 'sample', 'tensor' or, with dim -1, 'token'; got "
             f"{chain.statistics!r} with dim {dim}"
         )
+    if chain.moments is not None and not chain.may_have_moments:
+        return "moments are those of x and its offset, for each sample or the whole tensor"
     weights = chain.norm_weight, chain.norm_bias
     if chain.norm_eps is None and weights != (None, None):
         return "norm_weight and norm_bias need norm_eps, got None"
@@ -147,17 +156,27 @@ def chain_quantize_ref(
     quant_max: int,
     statistics: str,
     cap: bool,
+    moments: Tensor | None = None,
+    moments_channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of `qmir::chain_quantize`."""
     chain = ChainArgs(
         x, norm_weight, norm_bias, norm_eps, activation, gate, gate_activation, offset,
-        scale_weights, shift_weights, dim, quant_min, quant_max, statistics, cap,
+        scale_weights, shift_weights, dim, quant_min, quant_max, statistics, cap, moments,
+        moments_channels,
     )  # fmt: skip
     check_chain(chain)
     y = chain_values(chain).contiguous()
     rows = as_rows(y, chain.groups).to(compute_dtype(y))
+    weights = scale_weights, shift_weights
     levels = quant_max - quant_min + 1
-    found = predict(OP, rows, scale_weights, shift_weights, levels, cap)
+    if moments is None:
+        found = predict(OP, rows, *weights, levels, cap)
+    else:
+        merged = merge_moments(moments, moments_channels, chain.groups, rows.shape[1])
+        for part in merged:
+            check_finite(OP, "a sample of x", part)
+        found = predict_from(OP, tuple(t.to(rows.dtype) for t in merged), *weights, levels, cap)
     codes = dls_quantize_ref(y, found.step, found.shift, quant_min, quant_max)
     return codes, found.step, found.shift
 
@@ -178,10 +197,13 @@ def _chain_quantize_fake(
     quant_max: int,
     statistics: str,
     cap: bool,
+    moments: Tensor | None = None,
+    moments_channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chain = ChainArgs(
         x, norm_weight, norm_bias, norm_eps, activation, gate, gate_activation, offset,
-        scale_weights, shift_weights, dim, quant_min, quant_max, statistics, cap,
+        scale_weights, shift_weights, dim, quant_min, quant_max, statistics, cap, moments,
+        moments_channels,
     )  # fmt: skip
     check_chain(chain)
     groups = (chain.groups,)
@@ -195,7 +217,8 @@ def _chain_quantize_fake(
 _chain_quantize = define(
     "chain_quantize(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, "
     "str activation, Tensor? gate, str gate_activation, Tensor? offset, Tensor scale_weights, "
-    "Tensor shift_weights, int dim, int quant_min, int quant_max, str statistics, bool cap) "
+    "Tensor shift_weights, int dim, int quant_min, int quant_max, str statistics, bool cap, "
+    "Tensor? moments=None, Tensor? moments_channels=None) "
     "-> (Tensor, Tensor, Tensor)",
     reference=chain_quantize_ref,
     fake=_chain_quantize_fake,
@@ -219,6 +242,8 @@ def chain_quantize(
     quant_max: int = 7,
     statistics: str = "sample",
     cap: bool = False,
+    moments: Tensor | None = None,
+    moments_channels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise, activate, gate, shift and quantize a tensor; see the module for the formula.
 
@@ -238,6 +263,9 @@ def chain_quantize(
         quant_max: largest code; above 127 the codes are uint8.
         statistics: "sample", "token" or "tensor".
         cap: limit the step to (max - min) / levels.
+        moments: float64 (B, O, 4), what `linear_moments` or `conv2d_moments` gave with x; they
+            stand for the statistics of x + offset, which is not read for them.
+        moments_channels: int64, which of the O channels x holds, or None for all.
 
     Returns:
         Codes (int8 or uint8), contiguous; step and shift, float32.
@@ -253,6 +281,7 @@ def chain_quantize(
     """
     codes, step, shift = _chain_quantize(
         x, norm_weight, norm_bias, norm_eps, activation, gate, gate_activation, offset,
-        scale_weights, shift_weights, dim, quant_min, quant_max, statistics, cap,
+        scale_weights, shift_weights, dim, quant_min, quant_max, statistics, cap, moments,
+        moments_channels,
     )  # fmt: skip
     return codes, step, shift

@@ -9,7 +9,8 @@ with x_hat = alpha * q_x - beta - unit * q_o[c] and w_hat = step * q_w - shift; 
 offset of channel c in fixed point, and the last line is 0 without one. Zero padding pads x_hat = 0,
 which is not q_x = 0, so the sums sx of q_x, sw of q_w, qo of q_w * q_o and so of q_o, and the
 number n of taps count only the taps that lie inside the image; near a border they depend on the
-position. A residual and an activation may follow (`qmir_ao.ops._epilogue`).
+position. A residual and an activation may follow (`qmir_ao.ops._epilogue`); `conv2d_moments` also
+gives the statistics of the result (`qmir_ao.ops._moments`).
 
 Source: affine integer arithmetic on the grids of Q-MambaIR (arXiv 2503.21970), equations 5 to 7.
 
@@ -41,16 +42,22 @@ from qmir_ao.ops._integer import (
     fixed_point,
 )
 from qmir_ao.ops._library import define
+from qmir_ao.ops._moments import ARGUMENT as MOMENTS_ARGUMENT
+from qmir_ao.ops._moments import with_empty_moments, with_moments
 from qmir_ao.ops.pack import unpack_ref
 
 _GEOMETRY = (
     "int bits, int[] weight_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups"
 )
 ACC_SCHEMA = f"conv2d_acc(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor"
-SCHEMA = (
-    "conv2d(Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
-    f"Tensor w_shift, Tensor? bias, Tensor? x_offset, {_GEOMETRY}, {ARGUMENTS}) -> Tensor"
+_PARAMETERS = (
+    "Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
+    f"Tensor w_shift, Tensor? bias, Tensor? x_offset, {_GEOMETRY}, {ARGUMENTS}"
 )
+SCHEMA = f"conv2d({_PARAMETERS}) -> Tensor"
+MOMENTS_SCHEMA = f"conv2d_moments({_PARAMETERS}, {MOMENTS_ARGUMENT}) -> (Tensor, Tensor)"
+PARAMETERS = 17
+"""How many parameters `conv2d` has; `conv2d_moments` has one more."""
 
 
 def check_conv2d(
@@ -222,6 +229,13 @@ def _conv2d_fake(
 
 _conv2d_acc = define(ACC_SCHEMA, reference=conv2d_acc_ref, fake=_conv2d_acc_fake)
 _conv2d = define(SCHEMA, reference=conv2d_ref, fake=_conv2d_fake)
+conv2d_moments_ref = with_moments(conv2d_ref, "conv2d_moments", 1, PARAMETERS)
+conv2d_moments = define(
+    MOMENTS_SCHEMA,
+    reference=conv2d_moments_ref,
+    fake=with_empty_moments(_conv2d_fake, "conv2d_moments", 1, PARAMETERS),
+)
+"""`conv2d` and the statistics of its output channels for each sample (`qmir_ao.ops._moments`)."""
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -306,7 +320,7 @@ def conv2d(
         groups: channel groups; C for a depthwise convolution.
         residual: float32 (B, O, P, Q), added to the result, or None.
         residual_scale: float32, O factors of the residual's channels, or None.
-        activation: of the sum, "none" or "relu".
+        activation: of the sum, "none", "relu", "sigmoid", "silu", "gelu" or "gelu_tanh".
 
     Returns:
         float32 (B, O, P, Q); channels last in memory where the residual is, else contiguous.

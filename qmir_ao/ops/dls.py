@@ -81,8 +81,20 @@ def predict(
 ) -> Prediction:
     """Statistics, step and shift of each row of `rows` (G, N)."""
     check_scalars(op, scale_weights, shift_weights)
-    w, v = scale_weights.to(rows.dtype), shift_weights.to(rows.dtype)
-    mean, std, low, high = _statistics(op, rows)
+    return predict_from(op, _statistics(op, rows), scale_weights, shift_weights, levels, cap)
+
+
+def predict_from(
+    op: str,
+    statistics: tuple[torch.Tensor, ...],
+    scale_weights: torch.Tensor,
+    shift_weights: torch.Tensor,
+    levels: int,
+    cap: bool,
+) -> Prediction:
+    """Step and shift from mean, std, min and max of each group (G,), in their type."""
+    mean, std, low, high = statistics
+    w, v = scale_weights.to(mean.dtype), shift_weights.to(mean.dtype)
     shift = v[0] * mean + v[1] * std + v[2] * low + v[3] * high
     raw = w[0] * (mean + shift).abs() + w[1] * std + w[2] * (low + shift) + w[3] * (high + shift)
     finite = torch.isfinite(raw) & torch.isfinite(shift)

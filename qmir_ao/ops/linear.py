@@ -6,7 +6,8 @@
 
 with x_hat = alpha * q_x - beta, w_hat = step * q_w - shift, sx = sum_k q_x, sw = sum_k q_w: the
 product of the two dequantized operands, with no float copy of either. A residual and an activation
-may follow (`qmir_ao.ops._epilogue`).
+may follow (`qmir_ao.ops._epilogue`); `linear_moments` also gives the statistics of the result
+(`qmir_ao.ops._moments`).
 
 Source: affine integer arithmetic on the grids of Q-MambaIR (arXiv 2503.21970), equations 5 to 7;
 the term for zero points as in Jacob et al., "Quantization and Training of Neural Networks for
@@ -33,13 +34,19 @@ from qmir_ao.ops._integer import (
     require,
 )
 from qmir_ao.ops._library import define
+from qmir_ao.ops._moments import ARGUMENT as MOMENTS_ARGUMENT
+from qmir_ao.ops._moments import with_empty_moments, with_moments
 from qmir_ao.ops.pack import unpack_ref
 
 ACC_SCHEMA = "linear_acc(Tensor x, Tensor weight, int bits, int out_features) -> Tensor"
-SCHEMA = (
-    "linear(Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
-    f"Tensor w_shift, Tensor? bias, int bits, int out_features, {ARGUMENTS}) -> Tensor"
+_PARAMETERS = (
+    "Tensor x, Tensor x_step, Tensor x_shift, Tensor weight, Tensor w_step, "
+    f"Tensor w_shift, Tensor? bias, int bits, int out_features, {ARGUMENTS}"
 )
+SCHEMA = f"linear({_PARAMETERS}) -> Tensor"
+MOMENTS_SCHEMA = f"linear_moments({_PARAMETERS}, {MOMENTS_ARGUMENT}) -> (Tensor, Tensor)"
+PARAMETERS = 12
+"""How many parameters `linear` has; `linear_moments` has one more."""
 
 
 def check_linear_acc(op: str, x: Tensor, weight: Tensor, bits: int, out_features: int) -> None:
@@ -145,6 +152,13 @@ def _linear_fake(
 
 _linear_acc = define(ACC_SCHEMA, reference=linear_acc_ref, fake=_linear_acc_fake)
 _linear = define(SCHEMA, reference=linear_ref, fake=_linear_fake)
+linear_moments_ref = with_moments(linear_ref, "linear_moments", -1, PARAMETERS)
+linear_moments = define(
+    MOMENTS_SCHEMA,
+    reference=linear_moments_ref,
+    fake=with_empty_moments(_linear_fake, "linear_moments", -1, PARAMETERS),
+)
+"""`linear` and the statistics of its output features for each sample (`qmir_ao.ops._moments`)."""
 
 
 def linear_acc(x: Tensor, weight: Tensor, *, bits: int, out_features: int) -> Tensor:
@@ -199,7 +213,7 @@ def linear(
         out_features: O.
         residual: float32 (B, ..., O), added to the result, or None.
         residual_scale: float32, O factors of the residual's channels, or None.
-        activation: of the sum, "none" or "relu".
+        activation: of the sum, "none", "relu", "sigmoid", "silu", "gelu" or "gelu_tanh".
 
     Returns:
         float32 (B, ..., O), contiguous.

@@ -12,8 +12,8 @@ from torch import Tensor
 import qmir_ao.backend.cpu.chain_quantize  # noqa: F401  (registers the kernel)
 from qmir_ao.backend.cpu.registration import KERNELS
 from qmir_ao.errors import NonFiniteError
+from qmir_ao.ops._activations import ACTIVATIONS
 from qmir_ao.ops.chain_quantize import (
-    ACTIVATIONS,
     ChainArgs,
     chain_quantize,
     chain_quantize_ref,

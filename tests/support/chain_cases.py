@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmir_ao.ops.chain_quantize import ACTIVATIONS, ChainArgs
+from qmir_ao.ops._activations import ACTIVATIONS
+from qmir_ao.ops.chain_quantize import ChainArgs
 
 W = torch.tensor([0.1, 0.3, -0.02, 0.05])
 V = torch.tensor([-1.0, 0.1, 0.02, -0.03])

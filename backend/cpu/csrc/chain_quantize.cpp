@@ -1,12 +1,10 @@
 // Layer norm, activation, gate and channel shift, the statistics of the result, and its codes: the
 // float values in between live in registers, in a block of rows, or in the scratch of one group.
 // A tensor is (batch, channels, pixels) with any strides. Codes lie channels last or channels first.
-#include "simd.h"  // before the headers whose templates run on its lanes
-
-#include "activations.cuh"
+#include "activation_spans.h"
 #include "directions.h"
 #include "layer_norm.cuh"
-#include "statistics.h"
+#include "moments.h"
 
 using namespace qmir;
 
@@ -24,6 +22,7 @@ struct ChainShape {
   int64_t norm;
   Activation activation, gate_activation;
   int64_t quant_min, quant_max, cap;
+  int64_t moments_chosen, moments_features;
 };
 
 struct ChainInput {
@@ -31,34 +30,40 @@ struct ChainInput {
   float eps;
 };
 
+// What the operator that made x found of its channels, and which of them x holds (all, where
+// `channels` is null).
+struct Given {
+  const ChannelMoments* moments;
+  const int64_t* channels;
+  int64_t chosen, features;
+
+  bool fits() const {
+    for (int64_t i = 0; channels && i < chosen; ++i)
+      if (channels[i] < 0 || channels[i] >= features) return false;
+    return true;
+  }
+
+  Found predict(int64_t first_sample, int64_t samples, int64_t count,
+                const Predictor& predictor) const {
+    const double each = (double)count / (double)(samples * chosen);
+    const auto at = [&](int64_t sample, int64_t i) {
+      return moments[sample * features + (channels ? channels[i] : i)];
+    };
+    const ChannelMoments first = at(first_sample, 0);
+    const float pivot = (float)first.mean;
+    Moments all{0.0, 0.0, (float)first.low, (float)first.high};
+    for (int64_t b = first_sample; b < first_sample + samples; ++b)
+      for (int64_t i = 0; i < chosen; ++i) add_channel(all, pivot, at(b, i), each);
+    const Prediction found = dls_predict(dls_statistics(all, pivot, count), predictor);
+    return {found, dls_finite(all, found)};
+  }
+};
+
 struct Strides {
   int64_t batch, channel, pixel;
 };
 
 constexpr int64_t kBlock = kLanes;  // pixels of one block of rows
-
-template <Activation kActivation>
-void activate_span(float* v, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) store(v + i, activate<kActivation>(load(v + i)));
-}
-
-// In place; reads and writes up to the next multiple of kLanes.
-void activate_span(Activation activation, float* v, int64_t count) {
-  switch (activation) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-      return activate_span<Activation::relu>(v, count);
-    case Activation::sigmoid:
-      return activate_span<Activation::sigmoid>(v, count);
-    case Activation::silu:
-      return activate_span<Activation::silu>(v, count);
-    case Activation::gelu:
-      return activate_span<Activation::gelu>(v, count);
-    case Activation::gelu_tanh:
-      return activate_span<Activation::gelu_tanh>(v, count);
-  }
-}
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -303,23 +308,28 @@ class GroupValues {
 };
 
 void run_groups(const ChainShape& s, const Chain& chain, const Predictor& predictor,
-                const Output& out, std::vector<char>& finite) {
+                const Given& given, const Output& out, std::vector<char>& finite) {
   const int64_t groups = finite.size(), samples = s.batch / groups;
   const int64_t count = samples * s.channels * s.pixels, chunks = chunks_of(count);
   const bool keeps = !chain.direct(0) && !(chain.by_chunk() && chain.plain());
   const auto kept = scratch<float>(keeps ? groups * count : 0);
-  std::vector<Moments> parts(groups * chunks);
+  std::vector<Moments> parts(given.moments ? 0 : groups * chunks);
   const GroupValues values(s, chain, samples, kept.get());
   for_groups(groups, count, [&](int64_t group, const Team& team) {
     alignas(64) float local[kChunk + kLanes];
     values.fill(group, team);
-    const float pivot = values.first_value(group, local);
-    Moments* mine = parts.data() + group * chunks;
-    team.share(count, [&](int64_t c, int64_t at, int64_t size) {
-      mine[c] = moments_of(values.chunk(group, at, size, false, local), size, pivot);
-    });
-    team.meet();
-    const Found found = predict_group(mine, count, pivot, predictor);
+    const auto read_values = [&] {
+      const float pivot = values.first_value(group, local);
+      Moments* mine = parts.data() + group * chunks;
+      team.share(count, [&](int64_t c, int64_t at, int64_t size) {
+        mine[c] = moments_of(values.chunk(group, at, size, false, local), size, pivot);
+      });
+      team.meet();
+      return predict_group(mine, count, pivot, predictor);
+    };
+    const Found found = given.moments
+                            ? given.predict(group * samples, samples, count, predictor)
+                            : read_values();
     if (team.rank == 0) {
       finite[group] = found.finite;
       out.step[group] = found.prediction.step;
@@ -337,9 +347,12 @@ void run_groups(const ChainShape& s, const Chain& chain, const Predictor& predic
 extern "C" {
 
 // Codes, step and shift. Any of norm_weight, norm_bias, gate and offset may be null; weights and
-// offset have one value for each channel. Returns the first group that holds NaN or infinity, or -1.
+// offset have one value for each channel. `moments`, of `features` channels of each sample, stand for
+// statistics where they are not null; `moments_channels` may be. Returns the first group that holds
+// NaN or infinity, -1, or -2 where a channel is none of the features.
 int64_t qmir_chain_quantize(const float* x, const float* norm_weight, const float* norm_bias,
                             const float* gate, const float* offset, const float* w, const float* v,
+                            const double* moments, const int64_t* moments_channels,
                             const ChainShape* shape, double eps, void* codes, float* step,
                             float* shift) {
   const ChainShape& s = *shape;
@@ -347,6 +360,9 @@ int64_t qmir_chain_quantize(const float* x, const float* norm_weight, const floa
   const Chain chain(s, in);
   const Predictor predictor{w, v, s.cap ? (float)(s.quant_max - s.quant_min + 1) : 0.0f};
   const Output out{codes, step, shift, s.quant_max > 127, (float)s.quant_min, (float)s.quant_max};
+  const Given given{reinterpret_cast<const ChannelMoments*>(moments), moments_channels,
+                    s.moments_chosen, s.moments_features};
+  if (!given.fits()) return -2;
   const int64_t tokens = s.batch * s.pixels;
   std::vector<char> finite(s.groups == Groups::token    ? tokens
                            : s.groups == Groups::sample ? s.batch
@@ -354,7 +370,7 @@ int64_t qmir_chain_quantize(const float* x, const float* norm_weight, const floa
   if (s.groups == Groups::token)
     run_tokens(s, chain, predictor, out, finite);
   else
-    run_groups(s, chain, predictor, out, finite);
+    run_groups(s, chain, predictor, given, out, finite);
   return first_bad(finite);
 }
 

@@ -11,11 +11,14 @@
 #include "conv_taps.cuh"
 #include "dot_tile.h"
 #include "epilogue.h"
+#include "moments.h"
 #include "qlinear.cuh"
 
 namespace qmir {
 
 constexpr int64_t kLongestRun = 64;  // results that are written at once
+constexpr int64_t kSegment = 256;    // output columns of one task, and of a tile of moments
+static_assert(kSegment % kLongestRun == 0);
 
 // Mirrors the array that backend/cpu/conv2d.py passes.
 struct ConvShape {
@@ -38,7 +41,8 @@ struct ConvOperands {
   const int8_t* x;
   const float *x_step, *x_shift;
   const uint8_t* weight;
-  const float *w_step, *w_shift, *bias, *x_offset, *residual_scale, *residual;
+  const float *w_step, *w_shift, *bias, *x_offset, *residual_scale, *residual, *moments_offset;
+  double* moments;
 };
 
 // Ranges of kernel positions that fall inside the image, along one axis.
@@ -143,10 +147,16 @@ class ConvResult {
       : s_(s),
         rows_(s.out_h, s.stride_h, s.pad_h, s.dilation_h, s.kernel_h, s.height),
         cols_(s.out_w, s.stride_w, s.pad_w, s.dilation_w, s.kernel_w, s.width),
-        end_{in.residual, in.residual_scale, (ExactActivation)s.activation},
+        end_{in.residual, in.residual_scale, (Activation)s.activation},
         y_(y),
-        acc_(acc) {
+        acc_(acc),
+        segments_((s.out_w + kSegment - 1) / kSegment),
+        parts_(s.batch, s.features, s.out_h * segments_, in.moments_offset, in.moments) {
     if (wants_float()) tabulate(in, codes);
+  }
+
+  void finish() const {
+    parts_.finish();
   }
 
   bool wants_float() const {
@@ -199,6 +209,7 @@ class ConvResult {
     } else {
       finish_positions(end_, y, at, 1, o, n);
     }
+    if (parts_.wanted()) parts_.add(b, o, oh * segments_ + ow / kSegment, y, n);
   }
 
  private:
@@ -235,6 +246,8 @@ class ConvResult {
   Epilogue end_;
   float* y_;
   int32_t* acc_;
+  int64_t segments_;
+  MomentParts parts_;
   std::vector<float> acc_scale_, sx_scale_, constant_;
 };
 

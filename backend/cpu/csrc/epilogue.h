@@ -1,6 +1,7 @@
 // The epilogue of integer operators over runs of neighbouring results: what is the same for a run
 // is asked once, so that the loops vectorize.
 #pragma once
+#include "activation_spans.h"
 #include "epilogue.cuh"
 
 namespace qmir {
@@ -25,9 +26,7 @@ inline void finish_channels(const Epilogue& end, float* y, int64_t at, int64_t c
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) y[j] = end.add(y[j], other[j]);
   }
-  if (end.activation == ExactActivation::relu)
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) y[j] = end.relu(y[j]);
+  activate_span(end.activation, y, count);
 }
 
 // Results of one channel at neighbouring positions, the first at `at` in the residual and the
@@ -44,9 +43,7 @@ inline void finish_positions(const Epilogue& end, float* y, int64_t at, int64_t 
     else
       for (int64_t j = 0; j < count; ++j) y[j] = end.add_scaled(y[j], other[j * pitch], factor);
   }
-  if (end.activation == ExactActivation::relu)
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) y[j] = end.relu(y[j]);
+  activate_span(end.activation, y, count);
 }
 
 }  // namespace qmir

@@ -15,7 +15,6 @@ void depthwise_conv2d(const ConvShape& s, const int8_t* x, const int8_t* codes,
 namespace {
 
 static_assert(kDotWidth <= kLongestRun);
-constexpr int64_t kSegment = 256;             // output columns of one task
 constexpr int64_t kWindowBytes = 192 * 1024;  // window of one task, to stay in the L2 cache
 
 // Weight codes as [O][tap][C/4][4], zeros for missing channels, and their sums.
@@ -194,6 +193,7 @@ void convolve(ConvShape s, const ConvOperands& in, float* y, int32_t* acc) {
     depthwise_conv2d(s, in.x, codes.get(), result);
   else
     DirectConv(s, in.x, codes.get(), result).run();
+  result.finish();
 }
 
 }  // namespace
@@ -207,9 +207,10 @@ void qmir_conv2d_acc(const int8_t* x, const uint8_t* weight, const ConvShape* sh
 void qmir_conv2d(const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,
                  const float* w_step, const float* w_shift, const float* bias,
                  const float* x_offset, const float* residual_scale, const float* residual,
-                 const ConvShape* shape, float* y) {
+                 const float* moments_offset, double* moments, const ConvShape* shape, float* y) {
   convolve(*shape,
-           {x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, residual_scale, residual},
+           {x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, residual_scale, residual,
+            moments_offset, moments},
            y, nullptr);
 }
 

@@ -6,6 +6,7 @@
 
 #include "dot_tile.h"
 #include "epilogue.h"
+#include "moments.h"
 #include "qlinear.cuh"
 
 using namespace qmir;
@@ -119,18 +120,32 @@ void multiply(const int8_t* x, int64_t pitch, int64_t count, const Weight& w, in
   }
 }
 
+// Rows in blocks that begin anew with each sample, where samples are told apart.
+struct Rows {
+  int64_t samples, of_sample;
+
+  int64_t all() const {
+    return samples * of_sample;
+  }
+  int64_t blocks() const {
+    return (of_sample + kRowBlock - 1) / kRowBlock;
+  }
+};
+
 // Blocks of rows, and of features where there are few rows, in parallel. Rows whose length is no
 // multiple of 4 are copied with a tail of zeros, which a tile may read.
 template <class Body>
-void for_blocks(const int8_t* x, int64_t rows, const Weight& w, const Body& body) {
-  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+void for_blocks(const int8_t* x, const Rows& rows, const Weight& w, const Body& body) {
+  const int64_t row_blocks = rows.samples * rows.blocks();
   const int64_t splits = row_blocks < omp_get_max_threads() ? omp_get_max_threads() : 1;
   const int64_t width = round_up((w.features + splits - 1) / splits, kDotWidth);
   const int64_t column_blocks = (w.features + width - 1) / width;
-#pragma omp parallel for collapse(2) schedule(static) if (rows * w.lanes_size() > kParallelWork)
+#pragma omp parallel for collapse(2) schedule(static) if (rows.all() * w.lanes_size() > kParallelWork)
   for (int64_t rb = 0; rb < row_blocks; ++rb)
     for (int64_t cb = 0; cb < column_blocks; ++cb) {
-      const int64_t first = rb * kRowBlock, count = std::min(kRowBlock, rows - first);
+      const int64_t in_sample = rb % rows.blocks() * kRowBlock;
+      const int64_t first = rb / rows.blocks() * rows.of_sample + in_sample;
+      const int64_t count = std::min(kRowBlock, rows.of_sample - in_sample);
       const int8_t* block = x + first * w.inputs;
       const int64_t pitch = w.steps * 4;
       Scratch<int8_t> copy(pitch == w.inputs ? 0 : count * pitch);
@@ -153,7 +168,7 @@ extern "C" {
 void qmir_linear_acc(const int8_t* x, const uint8_t* weight, int64_t bits, int64_t rows,
                      int64_t inputs, int64_t features, int32_t* y) {
   const Weight w(weight, bits, features, inputs);
-  for_blocks(x, rows, w,
+  for_blocks(x, {1, rows}, w,
              [&](const int8_t* block, int64_t pitch, int64_t row0, int64_t count, int64_t first,
                  int64_t last, const int32_t* sums) {
                multiply(block, pitch, count, w, first, last,
@@ -168,19 +183,24 @@ void qmir_linear_acc(const int8_t* x, const uint8_t* weight, int64_t bits, int64
 
 // rows = groups * rows_per_group; w_steps and w_shifts are 1 or `features`; bias, residual and
 // residual_scale may be null. One group for each row (tokens with statistics of their own) computes
-// its constants where it uses them: a table would be three times as large as the result.
+// its constants where it uses them: a table would be three times as large as the result. `moments`,
+// of each feature in each of `samples`, may be null, and so may their offset.
 void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,
                  const float* w_step, const float* w_shift, const float* bias,
                  const float* residual, const float* residual_scale, int64_t bits, int64_t groups,
                  int64_t rows_per_group, int64_t inputs, int64_t features, int64_t w_steps,
-                 int64_t w_shifts, int64_t activation, float* y) {
-  const Epilogue end{residual, residual_scale, (ExactActivation)activation};
+                 int64_t w_shifts, int64_t activation, int64_t samples, const float* moments_offset,
+                 double* moments, float* y) {
+  const Epilogue end{residual, residual_scale, (Activation)activation};
+  const int64_t all = groups * rows_per_group;
+  const Rows rows = moments ? Rows{samples, all / samples} : Rows{1, all};
+  const MomentParts parts(rows.samples, features, rows.blocks(), moments_offset, moments);
   const Weight w(weight, bits, features, inputs);
   const bool per_row = rows_per_group == 1;
   const Affine affine(w, per_row ? 0 : groups, x_step, x_shift, w_steps, w_shifts, w_step, w_shift,
                       bias);
   for_blocks(
-      x, groups * rows_per_group, w,
+      x, rows, w,
       [&](const int8_t* block, int64_t pitch, int64_t row0, int64_t count, int64_t first,
           int64_t last, const int32_t* sums) {
         if (last - first == features)
@@ -213,7 +233,11 @@ void qmir_linear(const int8_t* x, const float* x_step, const float* x_shift, con
                                             sx_scale[j], constant[j]);
                    finish_channels(end, out, place, o, n);
                  });
+        if (parts.wanted())
+          parts.add_rows(row0 / rows.of_sample, row0 % rows.of_sample / kRowBlock,
+                         y + row0 * features, features, count, first, last);
       });
+  parts.finish();
 }
 
 }  // extern "C"

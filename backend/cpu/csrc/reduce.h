@@ -49,6 +49,7 @@ struct d8 {
 
   QMIR_FN d8 operator+(d8 other) const { return {low + other.low, high + other.high}; }
   QMIR_FN d8 operator-(double x) const { return {low - x, high - x}; }
+  QMIR_FN d8 operator-(d8 other) const { return {low - other.low, high - other.high}; }
   QMIR_FN d8 square() const { return {low * low, high * high}; }
 };
 
