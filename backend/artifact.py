@@ -25,8 +25,8 @@ from qmir_ao.backend.targets import TargetNameError
 from qmir_ao.errors import CheckpointError, ConfigError
 from qmir_ao.quant.constants import attribute
 
-FORMAT, VERSION = "qmir-lowered", 4
-READABLE = (3, VERSION)
+FORMAT, VERSION = "qmir-lowered", 5
+READABLE = (3, 4, VERSION)
 """Versions that this release loads: integer operators had no epilogue up to 3."""
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 
@@ -167,7 +167,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if type(version) is not int or version not in READABLE:
         raise CheckpointError(
             f"{file}: format version {version!r}, this release reads "
-            f"{' and '.join(map(str, READABLE))}; lower the trained model again and save it"
+            f"{', '.join(map(str, READABLE[:-1]))} and {VERSION}; lower the trained model again "
+            "and save it"
         )
     wanted = ("tensors", list), ("graph", dict)
     for key, kind in wanted:

@@ -18,7 +18,7 @@ from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.chain import find_chain
 from qmir_ao.passes.drop_identity import DropIdentity
-from qmir_ao.passes.epilogues import own_arguments
+from qmir_ao.passes.epilogues import own_arguments, plain_target
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.passes.pipeline import NORMALIZE, run_passes
 from qmir_ao.quant.constants import attribute
@@ -148,8 +148,7 @@ class _Operator:
     def record(self) -> dict[str, Any]:
         """All figures of this operator."""
         operands = self._integer_arguments()
-        target: Any = self.node.target
-        got = target(*operands)
+        got = plain_target(self.node)(*operands)
         want = self.values[self.source].reshape(got.shape)
         difference = (got.double() - want.double()).abs()
         error = difference.max().item() if got.numel() else 0.0
@@ -240,6 +239,8 @@ class _Operator:
         """Codes, step and shift of a fused quantizer whose operands are the prepared ones."""
         fake = self._fake(node)
         args = ChainArgs(*(value(a) if _is_constant(a) else a for a in arguments(node)))
+        # The statistics that its producer found are of what the lowered network saw.
+        args = args._replace(moments=None, moments_channels=None)
         x, seen = self._seen(node), self.values[fake]
         if args.offset is not None:
             offset = args.offset.reshape(-1, *[1] * (-1 - args.dim))

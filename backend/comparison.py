@@ -26,7 +26,7 @@ from qmir_ao.backend.table import (
 )
 from qmir_ao.errors import ConfigError
 from qmir_ao.ops.chain_quantize import ChainArgs, chain_values
-from qmir_ao.passes.epilogues import epilogue_parts, own_arguments
+from qmir_ao.passes.epilogues import PLAIN, epilogue_parts, own_arguments, plain_target
 from qmir_ao.passes.lower import SOURCE
 from qmir_ao.quant.patterns import arguments, match, module_path, upstream
 
@@ -175,7 +175,7 @@ class _Listener(Interpreter):
             _add_codes(self._totals(reader), node.name, values, codes)
         if node in self.pairs:
             before, after = self.outputs.pop(self.pairs[node]), self._own_result(node, out)
-            _add_outputs(self._totals(node), before.reshape(out.shape), after)
+            _add_outputs(self._totals(node), before.reshape(after.shape), after)
             if KINDS[node.target] == SCAN:
                 _add_scan(self._totals(node).setdefault("scan", {}), before, out)
         return out
@@ -183,9 +183,10 @@ class _Listener(Interpreter):
     def _own_result(self, node: Node, out: Any) -> Any:
         """What an integer operator gives before its epilogue."""
         if not epilogue_parts(node):
-            return out
-        target: Any = node.target
-        return target(*torch.fx.node.map_arg(own_arguments(node), lambda n: self.env[n]))
+            return out[0] if node.target in PLAIN else out
+        return plain_target(node)(
+            *torch.fx.node.map_arg(own_arguments(node), lambda n: self.env[n])
+        )
 
     def _totals(self, node: Node) -> Totals:
         return self.state.setdefault(node.name, {"codes": {}})

@@ -18,6 +18,8 @@ aten, qmir = torch.ops.aten, torch.ops.qmir
 KINDS: dict[Any, str] = {
     qmir.linear.default: "linear",
     qmir.conv2d.default: "conv2d",
+    qmir.linear_moments.default: "linear",
+    qmir.conv2d_moments.default: "conv2d",
     qmir.selective_scan_q.default: "selective_scan",
     qmir.ss2d_scan_q.default: "selective_scan",
 }
@@ -224,7 +226,9 @@ def make_report(graph_module: GraphModule) -> LoweringReport:
     plain = [
         n
         for n in graph_module.graph.nodes
-        if n.op == "get_attr" and any(u.target not in KINDS or n in epilogue_of(u) for u in n.users)
+        if n.op == "get_attr"
+        and attribute(graph_module, str(n.target)).is_floating_point()
+        and any(u.target not in KINDS or n in epilogue_of(u) for u in n.users)
     ]
     targets = {n.target: n for n in plain}
     return LoweringReport(operators, floats, _bytes(graph_module, *targets.values()))

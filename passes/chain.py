@@ -38,6 +38,7 @@ _ACTIVATIONS: dict[Any, str] = {
 _PRODUCTS = (operator.mul, torch.mul, aten.mul.Tensor, "mul")
 _NORMS = (aten.layer_norm.default, F.layer_norm)
 _PERMUTES = (aten.permute.default, torch.permute, "permute")
+_SHAPE_READERS = (aten.sym_size.int, "size", "dim")
 _NORM_NAMES = ("input", "normalized_shape", "weight", "bias", "eps")
 
 
@@ -186,6 +187,13 @@ def _factors(node: Node) -> tuple[Node, Node] | None:
 def _has_norm(node: Node) -> bool:
     inner = node.all_input_nodes[0] if activation_of(node) is not None else node
     return norm_of(inner) is not None
+
+
+def reads_shape(node: Node) -> bool:
+    """Whether a node reads the sizes of its operand, not its values."""
+    return node.target in _SHAPE_READERS or (
+        node.target is getattr and arguments(node)[1] == "shape"
+    )
 
 
 def is_permute(node: Node) -> bool:

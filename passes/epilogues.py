@@ -12,7 +12,19 @@ from qmir_ao.quant.patterns import arguments
 
 qmir = torch.ops.qmir
 
-OWN_ARGUMENTS: dict[Any, int] = {qmir.linear.default: 9, qmir.conv2d.default: 14}
+MOMENTS: dict[Any, Any] = {
+    qmir.linear.default: qmir.linear_moments.default,
+    qmir.conv2d.default: qmir.conv2d_moments.default,
+}
+"""The form of an integer operator that also gives the statistics of its result."""
+PLAIN: dict[Any, Any] = {moments: plain for plain, moments in MOMENTS.items()}
+"""The inverse of `MOMENTS`."""
+OWN_ARGUMENTS: dict[Any, int] = {
+    qmir.linear.default: 9,
+    qmir.linear_moments.default: 9,
+    qmir.conv2d.default: 14,
+    qmir.conv2d_moments.default: 14,
+}
 """How many arguments an integer operator has before those of its epilogue."""
 
 
@@ -24,7 +36,13 @@ def own_arguments(node: Node) -> tuple[Any, ...]:
 def epilogue_of(node: Node) -> Epilogue:
     """The epilogue of an integer operator; tensors are nodes. Of scans, which have none, too."""
     count = OWN_ARGUMENTS.get(node.target)
-    return Epilogue(*(() if count is None else arguments(node)[count:]))
+    own = () if count is None else arguments(node)[count : count + len(Epilogue._fields)]
+    return Epilogue(*own)
+
+
+def plain_target(node: Node) -> Any:
+    """What an integer operator calls, without the statistics of its result."""
+    return PLAIN.get(node.target, node.target)
 
 
 def epilogue_parts(node: Node) -> list[str]:

@@ -8,7 +8,14 @@ from torch.fx import GraphModule, Node
 import qmir_ao.ops.chain_quantize  # noqa: F401  (defines the operator named below)
 from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.base import Pass, writes_near
-from qmir_ao.passes.chain import PARTS, Chain, find_chain, is_permute, module_of_part
+from qmir_ao.passes.chain import (
+    PARTS,
+    Chain,
+    find_chain,
+    is_permute,
+    module_of_part,
+    reads_shape,
+)
 from qmir_ao.quant.constants import attribute
 from qmir_ao.quant.patterns import arguments
 
@@ -16,7 +23,6 @@ aten, qmir = torch.ops.aten, torch.ops.qmir
 
 WIDEST = 4
 """Bits up to which codes are fused with float arithmetic; see `FuseNormChain`."""
-_SHAPE_READERS = (aten.sym_size.int, "size", "dim")
 
 
 class FuseNormChain(Pass):
@@ -48,7 +54,7 @@ class FuseNormChain(Pass):
             if node.target is not qmir.chain_quantize.default:
                 continue
             args = ChainArgs(*arguments(node))
-            if not _is_plain(args) or (args.quant_max - args.quant_min).bit_length() > WIDEST:
+            if not args.is_plain or (args.quant_max - args.quant_min).bit_length() > WIDEST:
                 continue
             chain = _matched(graph_module, args)
             if chain.absorbed:
@@ -62,19 +68,9 @@ def _node(value: Any) -> Node:
     return value
 
 
-def _is_plain(args: ChainArgs) -> bool:
-    return args.norm_eps is None and args.activation == "none" and args.gate is None
-
-
-def _reads_shape(node: Node) -> bool:
-    return node.target in _SHAPE_READERS or (
-        node.target is getattr and arguments(node)[1] == "shape"
-    )
-
-
 def _is_read_once(node: Node, role: str) -> bool:
     """Whether only the chain reads a node's value; a product and a permute change its shape."""
-    values = [user for user in node.users if not _reads_shape(user)]
+    values = [user for user in node.users if not reads_shape(user)]
     return len(values) == 1 and (role not in ("gate", "permute") or len(node.users) == 1)
 
 
@@ -111,5 +107,5 @@ def _fuse(graph_module: GraphModule, node: Node, args: ChainArgs, chain: Chain) 
     node.meta[PARTS] = (*map(module_of_part, arithmetic), *node.meta[PARTS])
     for old, operand in chain.absorbed:
         for user in list(old.users):
-            if _reads_shape(user):
+            if reads_shape(user):
                 user.replace_input_with(old, operand)

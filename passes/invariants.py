@@ -22,6 +22,7 @@ from qmir_ao.errors import PassOrderError
 from qmir_ao.passes.base import writes
 from qmir_ao.passes.dedupe_constants import repeated_constants
 from qmir_ao.passes.drop_identity import identities
+from qmir_ao.passes.epilogues import OWN_ARGUMENTS
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.passes.fold import unfolded
 from qmir_ao.passes.moves import MOVES
@@ -35,11 +36,13 @@ aten, qmir = torch.ops.aten, torch.ops.qmir
 CODES: dict[Any, tuple[int, ...]] = {
     qmir.linear.default: (0,),
     qmir.conv2d.default: (0,),
+    qmir.linear_moments.default: (0,),
+    qmir.conv2d_moments.default: (0,),
     qmir.selective_scan_q.default: (0, 3, 7, 10),
     qmir.ss2d_scan_q.default: (0, 3, 7, 10),
 }
 """Operands that are codes of activations."""
-_PACKED = (qmir.linear.default, qmir.conv2d.default)
+_PACKED = tuple(OWN_ARGUMENTS)
 _CODE_TYPES = (torch.int8, torch.uint8)
 
 

@@ -11,6 +11,7 @@ from qmir_ao.passes.fold import FoldConstants, FoldWeights
 from qmir_ao.passes.fuse_cross_scan import FuseCrossScan
 from qmir_ao.passes.fuse_dls_statistics import FuseDlsStatistics
 from qmir_ao.passes.fuse_epilogue import FuseEpilogue
+from qmir_ao.passes.fuse_moments import FuseMoments
 from qmir_ao.passes.fuse_norm_chain import FuseNormChain
 from qmir_ao.passes.invariants import INVARIANTS, check_invariants
 from qmir_ao.passes.lay_out_once import LayOutOnce
@@ -54,6 +55,8 @@ CPU: tuple[Pass, ...] = (
     FuseDlsStatistics(),
     # Grows what FuseDlsStatistics makes.
     FuseNormChain(),
+    # Behind all that changes what a quantizer reads.
+    FuseMoments(),
     # After the passes that look for quantizers: a copy stands before them then.
     LayOutOnce(),
     # Last: lowering makes constants of its own (biases without channel shifts).

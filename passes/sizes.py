@@ -6,6 +6,7 @@ first appeared. What an operator not named here makes is unknown.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qmir_ao.capture.recurrence import call_name
+from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.evaluate import known_value
 from qmir_ao.quant.constants import attribute
 from qmir_ao.quant.patterns import arguments
@@ -109,6 +111,9 @@ def _of_node(graph_module: GraphModule, node: Node, found: Mapping[Node, Sizes])
         return _listed(node, found)
     if name == "getitem" and isinstance(source, Node) and call_name(source) in _SPLITS:
         return _piece(source, arguments(node)[1], found)
+    quantized = _quantized(node)
+    if quantized is not None:
+        return found.get(quantized)
     if sizes is None:
         return None
     if node.target in _LINEARS:
@@ -116,6 +121,30 @@ def _of_node(graph_module: GraphModule, node: Node, found: Mapping[Node, Sizes])
         return None if features is None else (*sizes[:-1], features)
     rule = _RULES.get(name)
     return rule(node, sizes) if rule is not None else sizes if name in _ELEMENTWISE else None
+
+
+def _quantized(node: Node) -> Node | None:
+    """The tensor whose codes a node is, where they come from an operator with several results."""
+    if node.target is not operator.getitem:
+        return None
+    source, index = arguments(node)
+    if not isinstance(source, Node) or source.target is not qmir.chain_quantize.default:
+        return None
+    args = ChainArgs(*arguments(source))
+    quantized: Any = args.x
+    return quantized if index == 0 and args.gate is None else None
+
+
+def _shaped_like(node: Any) -> Any:
+    """The first tensor that has the shape of a node, as far as is certain."""
+    while isinstance(node, Node):
+        source: Any = _quantized(node)
+        if source is None and call_name(node) in _ELEMENTWISE:
+            source = node.args[0]
+        if not isinstance(source, Node):
+            break
+        node = source
+    return node
 
 
 def _features(graph_module: GraphModule, node: Node) -> int | None:
@@ -136,7 +165,8 @@ def _convolved(graph_module: GraphModule, node: Node, found: Mapping[Node, Sizes
         stride, padding, dilation = args[3:6]
     else:
         return None
-    before = found.get(args[0], ((args[0], 0), None, (args[0], 2), (args[0], 3)))
+    source = _shaped_like(args[0])
+    before = found.get(args[0], ((source, 0), None, (source, 2), (source, 3)))
     if len(before) != 4:
         return None
     spatial = []
@@ -184,7 +214,7 @@ def _size(argument: Any, found: Mapping[Node, Sizes]) -> Any:
 def _entry(tensor: Any, index: int, found: Mapping[Node, Sizes]) -> Any:
     sizes = found.get(tensor)
     if sizes is None:
-        return (tensor, index)
+        return (_shaped_like(tensor), index)
     return sizes[index] if -len(sizes) <= index < len(sizes) else None
 
 

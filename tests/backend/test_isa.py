@@ -12,7 +12,7 @@ from qmir_ao.backend.cpu import build
 
 OPS = Path(__file__).resolve().parents[1] / "ops"
 FILES = ("selective_scan", "selective_scan_q", "dls", "static", "rfa", "linear", "pack", "epilogue")
-FILES += ("conv2d", "conv2d_offset", "ss2d_scan", "ss2d_scan_q", "chain_quantize")
+FILES += ("conv2d", "conv2d_offset", "ss2d_scan", "ss2d_scan_q", "chain_quantize", "moments")
 # Floats against the references and their float64 twins, integers and codes to the bit.
 CHOSEN = "accurate or float64 or equal or exact or bytes or threads or accumulators or round"
 # The library must load: its fallback, the reference operators, would pass all of these.

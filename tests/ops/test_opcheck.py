@@ -98,16 +98,25 @@ def image_scan_codes(optional: bool) -> Arguments:
     return (*u, *delta, -torch.rand(8, 3) - 0.1, *B, *C, *extra, True, -8, 7)
 
 
+def given_statistics() -> Arguments:
+    """A plain chain whose channels have known statistics, in another order."""
+    moments = torch.rand(2, 6, 4, dtype=torch.float64)
+    return (*chain("sample", False), moments, torch.tensor([4, 0, 1, 2, 5]))
+
+
 Cases = dict[str, Callable[[], list[Arguments]]]
 CASES: Cases = {
     "pack": lambda: [(codes(11), 4)],
     "unpack": lambda: [(packed(11), 4, 11)],
     "dls_qparams": lambda: [(torch.randn(2, 3, 5), *dls_scalars(), -8, 7, False, False)],
     "dls_quantize": lambda: [(torch.randn(2, 3, 5), *grid(2), -8, 7)],
-    "chain_quantize": lambda: [
-        chain(statistics, full)
-        for statistics, full in (("token", True), ("sample", False), ("tensor", True))
-    ],
+    "chain_quantize": lambda: (
+        [
+            chain(statistics, full)
+            for statistics, full in (("token", True), ("sample", False), ("tensor", True))
+        ]
+        + [given_statistics()]
+    ),
     "dls_dequantize": lambda: [(codes(2, 3, 5), *grid(2))],
     "dls_fake_quant": lambda: [
         (leaf(2, 3, 5), *dls_scalars(True), -8, 7, per_tensor, False, clamp)
@@ -129,6 +138,10 @@ CASES: Cases = {
             (6, None, (torch.randn(2, 3, 6), torch.randn(6), "relu")),
         )
     ],
+    "linear_moments": lambda: [
+        (codes(2, 3, 10), *grid(2), packed(6, 10), *grid(6, 1), None, 4, 6, None, None, "gelu", *o)
+        for o in ((), (torch.randn(6),))
+    ],
     "linear_acc": lambda: [(codes(2, 3, 10), packed(6, 10), 4, 6)],
     "conv2d": lambda: [
         (codes(2, 6, 6, 7), *grid(2), packed(4, 3, 3, 3), *grid(4, n), *optional, *GEOMETRY, *end)
@@ -137,6 +150,10 @@ CASES: Cases = {
             (4, (None, torch.randn(6, 1, 1)), (image(2, 4, 3, 7), torch.randn(4), "relu")),
             (1, (None, None), (image(2, 4, 3, 7).contiguous(), None)),
         )
+    ],
+    "conv2d_moments": lambda: [
+        (codes(2, 6, 6, 7), *grid(2), packed(4, 3, 3, 3), *grid(4, 1), None, None, *GEOMETRY, *end)
+        for end in ((), (image(2, 4, 3, 7), None, "silu", torch.randn(4)))
     ],
     "conv2d_acc": lambda: [(codes(2, 6, 6, 7), packed(4, 3, 3, 3), *GEOMETRY)],
     "selective_scan": lambda: [scan(optional, grad=True) for optional in (True, False)],

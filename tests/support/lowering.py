@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 import qmir_ao
 from qmir_ao.backend.lowered import LoweredModule
+from qmir_ao.passes.epilogues import plain_target
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -37,7 +38,7 @@ def pooled_psnr(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 def taps(lowered: LoweredModule, name: str) -> int:
     """Products that one accumulator of a linear or convolution adds up."""
     node = next(n for n in lowered.graph_module.graph.nodes if n.name == name)
-    if node.target is torch.ops.qmir.conv2d.default:
+    if plain_target(node) is torch.ops.qmir.conv2d.default:
         return math.prod(node.args[9][1:])
     packed = getattr(lowered.graph_module, node.args[3].target)
     return packed.numel() * 8 // node.args[7] // node.args[8]

@@ -22,6 +22,11 @@ PAIR_STATISTIC = FLOAT32_EPS
 # within BOUNDARY_STEPS of a boundary is 2 * BOUNDARY_STEPS; half of those round the same way.
 CODE_MISMATCH = 1e-5
 
+# Moments of a channel in double: deviations from a pivot and their squares are rounded once each, a
+# tile of 256 values or 48 rows adds in lanes, tiles are added one after the other. Relative to the
+# sum of the terms' magnitudes that is some (tiles + 64) * 2^-53, here for up to 900 tiles.
+MOMENTS = 1000 * 2.0**-53
+
 # Published code runs float32 sums in another order: one rounding flip in 10,000 elements, and
 # values elsewhere to 1e-5 (statistics over up to 1e5 elements in float32).
 OFFICIAL_FLIPS = 1e-4
