@@ -36,7 +36,7 @@ NORMALIZE: tuple[Pass, ...] = (
     FuseCrossScan(),
 )
 
-CPU: tuple[Pass, ...] = (
+_INTEGERS: tuple[Pass, ...] = (
     *NORMALIZE,
     ConvertQuantizers(),
     # Before FoldWeights: a weight is often a reshaped parameter, which has to be a constant first.
@@ -55,16 +55,20 @@ CPU: tuple[Pass, ...] = (
     FuseDlsStatistics(),
     # Grows what FuseDlsStatistics makes.
     FuseNormChain(),
-    # Behind all that changes what a quantizer reads.
-    FuseMoments(),
+)
+
+_LAST: tuple[Pass, ...] = (
     # After the passes that look for quantizers: a copy stands before them then.
     LayOutOnce(),
     # Last: lowering makes constants of its own (biases without channel shifts).
     DedupeConstants(),
 )
 
-# Every operator that they make has a CUDA kernel.
-CUDA: tuple[Pass, ...] = CPU
+CPU: tuple[Pass, ...] = (*_INTEGERS, *_LAST)
+
+# On a GPU memory limits, and so a second reading; on a CPU the caches hold what is read again, and
+# the statistics of tiles take longer (docs/performance.md). Every operator has a CUDA kernel.
+CUDA: tuple[Pass, ...] = (*_INTEGERS, FuseMoments(), *_LAST)
 
 # What torch.compile hands over: modules are traced through already, parameters are inputs.
 COMPILE: tuple[Pass, ...] = (

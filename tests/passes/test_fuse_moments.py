@@ -1,6 +1,7 @@
 """FuseMoments: which quantizers start from statistics of their producer, and with which values."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 import qmir_ao
+from qmir_ao.backend.lowered import LoweredModule
+from qmir_ao.backend.registry import TARGETS, lower_graph
 from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.epilogues import MOMENTS, PLAIN, epilogue_of
 from qmir_ao.passes.fuse_moments import FuseMoments
+from qmir_ao.passes.pipeline import CUDA
 from qmir_ao.quant.constants import attribute
 
 qmir = torch.ops.qmir
@@ -22,11 +26,16 @@ CHAIN = qmir.chain_quantize.default
 captures = pytest.mark.parametrize("capture", CAPTURES)
 SIZES = [(1, 3, 9, 11), (3, 3, 8, 5), (1, 3, 33, 40)]
 FUSED = 3
-"""Quantizers of `Mixer` that read an operator's result: half of in_proj, silu and gelu of others."""
+"""Quantizers of `Mixer` that read an operator: half of in_proj, silu and gelu of two others."""
 
 
 def lowered(capture: str, bits: int = 4, model: type[Mixer] = Mixer) -> GraphModule:
     return before("FuseMoments", prepared(capture, bits, model))
+
+
+def with_moments(graph: GraphModule) -> LoweredModule:
+    """Lowered for the CPU by the passes of CUDA."""
+    return lower_graph(graph, dataclasses.replace(TARGETS["cpu"], passes=CUDA))
 
 
 def chains(graph: GraphModule) -> dict[Node, ChainArgs]:
@@ -93,7 +102,7 @@ def test_codes_stay_the_same(capture: str, size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_lowered_network_does_what_the_prepared_one_does(bits: int, capture: str) -> None:
     graph = prepared(capture, bits)
-    fused = qmir_ao.convert_and_lower(graph)
+    fused = with_moments(graph)
     assert given(fused.graph_module)
     check_operators(graph, fused, torch.rand(SIZES[1]))
 
@@ -101,7 +110,7 @@ def test_the_lowered_network_does_what_the_prepared_one_does(bits: int, capture:
 @captures
 def test_reports_and_comparisons_stay(capture: str) -> None:
     graph = prepared(capture)
-    fused = qmir_ao.convert_and_lower(graph)
+    fused = with_moments(graph)
     plain = lowered(capture)
     sources = [n.name for n in plain.graph.nodes if n.target in MOMENTS]
     assert [r.name for r in fused.report.operators if r.kind != "selective_scan"] == sources

@@ -14,9 +14,8 @@ import qmir_ao
 from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.backend.registry import TARGETS, lower_graph
 from qmir_ao.passes.fuse_norm_chain import FuseNormChain
-from qmir_ao.passes.pipeline import CPU, run_passes
+from qmir_ao.passes.pipeline import CPU, CUDA, run_passes
 
-NAMES = [p.name for p in CPU]
 QUANTIZERS, CHAINS = 6, 5
 """Quantized tensors of `Mixer`, and how many of them come from a chain of float operators."""
 
@@ -69,10 +68,11 @@ def without_chains(graph_module: GraphModule) -> LoweredModule:
 
 
 def before(name: str, graph_module: GraphModule) -> GraphModule:
-    """A copy on which every pass of the CPU target before `name` ran."""
+    """A copy on which every pass before `name` ran, of the first target that has it."""
     result = copy.deepcopy(graph_module)
     result.eval()
-    run_passes(result, CPU[: NAMES.index(name)])
+    passes = next(p for p in (CPU, CUDA) if name in [one.name for one in p])
+    run_passes(result, passes[: [one.name for one in passes].index(name)])
     return result
 
 

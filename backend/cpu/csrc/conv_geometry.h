@@ -18,7 +18,7 @@ namespace qmir {
 
 constexpr int64_t kLongestRun = 64;  // results that are written at once
 constexpr int64_t kSegment = 256;    // output columns of one task, and of a tile of moments
-static_assert(kSegment % kLongestRun == 0);
+static_assert(kSegment % kLongestRun == 0 && kSegment <= MomentParts::kLongest);
 
 // Mirrors the array that backend/cpu/conv2d.py passes.
 struct ConvShape {
@@ -209,10 +209,20 @@ class ConvResult {
     } else {
       finish_positions(end_, y, at, 1, o, n);
     }
-    if (parts_.wanted()) parts_.add(b, o, oh * segments_ + ow / kSegment, y, n);
+    if (parts_.wanted()) add_moments(b, o, oh, ow, n, y);
   }
 
  private:
+  // Of a whole segment at once where its values lie in a row, when its last run is there.
+  void add_moments(int64_t b, int64_t o, int64_t oh, int64_t ow, int64_t n, const float* y) const {
+    const int64_t tile = oh * segments_ + ow / kSegment, first = ow / kSegment * kSegment;
+    const int64_t end = std::min(first + kSegment, s_.out_w);
+    if (s_.channels_last)
+      parts_.add(b, o, tile, y, n);
+    else if (ow + n == end)
+      parts_.add(b, o, tile, y - (ow - first), end - first);
+  }
+
   void tabulate(const ConvOperands& in, const int8_t* codes) {
     const int64_t inputs = s_.group_channels();
     const TapSums<uint32_t> sums(s_, [&](int64_t, int64_t, int64_t at) { return codes[at]; });

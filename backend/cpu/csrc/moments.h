@@ -11,6 +11,8 @@ namespace qmir {
 
 class MomentParts {
  public:
+  static constexpr int64_t kLongest = 256;  // values of a channel that are added at once
+
   // Where `moments` is null nothing is kept. It has room for samples * channels results.
   MomentParts(int64_t samples, int64_t channels, int64_t tiles, const float* offset,
               double* moments)
@@ -24,9 +26,9 @@ class MomentParts {
     return moments_ != nullptr;
   }
 
-  // The next values of a channel's tile, at most 64; a tile is one thread's.
+  // The next values of a channel's tile, at most kLongest; a tile is one thread's.
   void add(int64_t sample, int64_t channel, int64_t tile, const float* y, int64_t count) const {
-    alignas(32) float shifted[64];
+    alignas(32) float shifted[kLongest];
     if (offset_) {
       const float offset = offset_[channel];
 #pragma omp simd
