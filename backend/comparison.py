@@ -177,7 +177,7 @@ class _Listener(Interpreter):
             before, after = self.outputs.pop(self.pairs[node]), self._own_result(node, out)
             _add_outputs(self._totals(node), before.reshape(after.shape), after)
             if KINDS[node.target] == SCAN:
-                _add_scan(self._totals(node).setdefault("scan", {}), before, out)
+                _add_scan(self._totals(node).setdefault("scan", {}), before, after)
         return out
 
     def _own_result(self, node: Node, out: Any) -> Any:

@@ -22,6 +22,7 @@ KINDS: dict[Any, str] = {
     qmir.conv2d_moments.default: "conv2d",
     qmir.selective_scan_q.default: "selective_scan",
     qmir.ss2d_scan_q.default: "selective_scan",
+    qmir.ss2d_scan_q_moments.default: "selective_scan",
 }
 _PLUMBING = (
     "getitem getattr size sym_size reshape view permute transpose flip stack cat split chunk "

@@ -197,6 +197,25 @@ def _indexed(node: Node, view: View, known: Known) -> View | None:
     return found
 
 
+def _squeezed(node: Node, view: View, known: Known) -> View | None:
+    """Without a dimension of size 1, which counts positions."""
+    given = arguments(node)[1:]
+    if len(given) != 1 or not isinstance(given[0], int):
+        return None
+    dims, dim = list(view.dims), given[0] % len(view.dims)
+    if dims.pop(dim) != POSITIONS:
+        return None
+    return View(tuple(dims), view.channels)
+
+
+def _unsqueezed(node: Node, view: View, known: Known) -> View | None:
+    dim = arguments(node)[1]
+    if not isinstance(dim, int):
+        return None
+    dims, dim = list(view.dims), dim % (len(view.dims) + 1)
+    return View((*dims[:dim], POSITIONS, *dims[dim:]), view.channels) if dim else None
+
+
 def _flattened(node: Node, view: View, known: Known) -> View | None:
     given = arguments(node)[1:]
     if not all(isinstance(d, int) for d in given):
@@ -260,6 +279,8 @@ _RULES: dict[str, Callable[[Node, View, Known], View | None]] = {
     "narrow": _narrowed,
     "select": _selected,
     "getitem": _indexed,
+    "squeeze": _squeezed,
+    "unsqueeze": _unsqueezed,
     "flatten": _flattened,
     "reshape": _reshaped,
     "view": _reshaped,

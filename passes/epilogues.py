@@ -6,7 +6,8 @@ import torch
 from torch.fx import Node
 
 import qmir_ao.ops.conv2d
-import qmir_ao.ops.linear  # noqa: F401  (define the operators named below)
+import qmir_ao.ops.linear
+import qmir_ao.ops.ss2d_scan_q  # noqa: F401  (define the operators named below)
 from qmir_ao.ops._epilogue import Epilogue
 from qmir_ao.quant.patterns import arguments
 
@@ -15,6 +16,7 @@ qmir = torch.ops.qmir
 MOMENTS: dict[Any, Any] = {
     qmir.linear.default: qmir.linear_moments.default,
     qmir.conv2d.default: qmir.conv2d_moments.default,
+    qmir.ss2d_scan_q.default: qmir.ss2d_scan_q_moments.default,
 }
 """The form of an integer operator that also gives the statistics of its result."""
 PLAIN: dict[Any, Any] = {moments: plain for plain, moments in MOMENTS.items()}
@@ -25,12 +27,14 @@ OWN_ARGUMENTS: dict[Any, int] = {
     qmir.conv2d.default: 14,
     qmir.conv2d_moments.default: 14,
 }
-"""How many arguments an integer operator has before those of its epilogue."""
+"""How many arguments an integer operator with an epilogue has before those of the epilogue."""
+_WITHOUT_EPILOGUE: dict[Any, int] = {qmir.ss2d_scan_q_moments.default: 18}
+"""The same of operators that have none, but an offset of moments."""
 
 
 def own_arguments(node: Node) -> tuple[Any, ...]:
     """Arguments of an integer operator without its epilogue: its result before it."""
-    return arguments(node)[: OWN_ARGUMENTS.get(node.target)]
+    return arguments(node)[: OWN_ARGUMENTS.get(node.target, _WITHOUT_EPILOGUE.get(node.target))]
 
 
 def epilogue_of(node: Node) -> Epilogue:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qmir_ao.ops._directions import DIRECTIONS
 from qmir_ao.ops.chain_quantize import ChainArgs
 from qmir_ao.passes.base import Pass, writes_near
 from qmir_ao.passes.chain import PARTS, is_permute, reads_shape
 from qmir_ao.passes.channel_map import View, follow, path_from, whole
-from qmir_ao.passes.epilogues import MOMENTS, epilogue_of, own_arguments
+from qmir_ao.passes.epilogues import MOMENTS, OWN_ARGUMENTS, epilogue_of, own_arguments
 from qmir_ao.passes.sizes import Known, known_sizes, permutation
 from qmir_ao.quant.constants import attribute, register_constant
 from qmir_ao.quant.patterns import arguments
@@ -43,10 +44,10 @@ class FuseMoments(Pass):
     """Let an integer operator find the statistics of its results for the quantizers that read them.
 
     A quantizer with one step for each sample reads its input twice, for the statistics and for the
-    codes. Where a convolution or a linear layer made it, as a whole or pieces of its channels, the
-    statistics follow from those of the channels, which the operator finds while a tile is at hand;
-    the input is read once. An activation between them, which nothing else reads, goes into the
-    operator's epilogue. Quantizers of tokens, and those behind a norm or a gate, read once anyway.
+    codes. Where a convolution, a linear layer or a scan of an image made it, as a whole or pieces
+    of its channels, the statistics follow from those of the channels, which the operator finds
+    while a tile is at hand; the input is read once. An activation between them, which nothing else
+    reads, goes into the operator's epilogue. Quantizers of tokens read once anyway.
 
         before: y = conv2d(q, ...); r, s, b = chain_quantize(y, activation="gelu", offset=shift)
         after:  y, m = conv2d_moments(q, ..., activation="gelu", moments_offset=shift)
@@ -90,11 +91,11 @@ def _match(
     source, path = found
     if moves and not _may_activate(source, path, node):
         return
-    view = _view(source, path, known)
+    view = _view(graph_module, source, path, known)
     offset = None if view is None else _offset(graph_module, args, view)
     if view is None or offset is None:
         return
-    features = _features(source)
+    features = _features(graph_module, source)
     producer = producers.setdefault(
         source, _Producer(source, torch.zeros(features), torch.zeros(features, dtype=torch.bool))
     )
@@ -107,20 +108,29 @@ def _node(value: Any) -> Node:
     return value
 
 
-def _features(node: Node) -> int:
+def _features(graph_module: GraphModule, node: Node) -> int:
+    """Channels of a producer's result; 0 where nothing says so."""
     args = arguments(node)
-    return int(args[8] if node.target is qmir.linear.default else args[9][0])
+    if node.target is qmir.linear.default:
+        return int(args[8])
+    if node.target is qmir.conv2d.default:
+        return int(args[9][0])
+    decays = args[6]  # those of four directions
+    if decays.op != "get_attr":
+        return 0
+    return int(attribute(graph_module, str(decays.target)).shape[0]) // DIRECTIONS
 
 
-def _view(source: Node, path: list[Node], known: Known) -> View | None:
+def _view(graph_module: GraphModule, source: Node, path: list[Node], known: Known) -> View | None:
     """Which channels the end of the path holds."""
-    if source.target is qmir.conv2d.default:
-        return follow(path, whole(4, 1, _features(source)), known)
+    features = _features(graph_module, source)
+    if source.target is not qmir.linear.default:
+        return follow(path, whole(4, 1, features), known) if features else None
     sizes = known.sizes.get(source)
     # A symbolic trace knows no ranks, but a permute names one.
     ranks = [len(order) for n in path if is_permute(n) and (order := permutation(n)) is not None]
     rank = len(sizes) if sizes is not None else ranks[0] if ranks else 0
-    return follow(path, whole(rank, -1, _features(source)), known) if rank > 1 else None
+    return follow(path, whole(rank, -1, features), known) if rank > 1 else None
 
 
 def _offset(graph_module: GraphModule, args: ChainArgs, view: View) -> Tensor | None:
@@ -139,7 +149,7 @@ def _offset(graph_module: GraphModule, args: ChainArgs, view: View) -> Tensor | 
 
 def _may_activate(source: Node, path: list[Node], quantizer: Node) -> bool:
     """Whether nothing but the quantizer reads the result, so that it may be activated."""
-    if epilogue_of(source).activation != "none":
+    if source.target not in OWN_ARGUMENTS or epilogue_of(source).activation != "none":
         return False
     for node, reader in zip([source, *path], [*path, quantizer], strict=True):
         if any(user is not reader and not reads_shape(user) for user in node.users):
@@ -170,7 +180,8 @@ def _fuse(graph_module: GraphModule, producer: _Producer) -> None:
         moments = graph.call_function(operator.getitem, (node, 1))
     y.meta = {"val": value} if (value := node.meta.pop("val", None)) is not None else {}
     node.replace_all_uses_with(y, delete_user_cb=lambda user: user not in (y, moments))
-    node.args = (*own_arguments(node), *epilogue_of(node), shift)
+    end = epilogue_of(node) if node.target in OWN_ARGUMENTS else ()
+    node.args = (*own_arguments(node), *end, shift)
     node.target = MOMENTS[node.target]
     every = torch.arange(producer.offset.numel())
     for quantizer, channels in producer.readers:

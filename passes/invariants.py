@@ -40,6 +40,7 @@ CODES: dict[Any, tuple[int, ...]] = {
     qmir.conv2d_moments.default: (0,),
     qmir.selective_scan_q.default: (0, 3, 7, 10),
     qmir.ss2d_scan_q.default: (0, 3, 7, 10),
+    qmir.ss2d_scan_q_moments.default: (0, 3, 7, 10),
 }
 """Operands that are codes of activations."""
 _PACKED = tuple(OWN_ARGUMENTS)

@@ -2,7 +2,8 @@
 
 The four plain scans are `qmir::selective_scan_q`, float operation by float operation, on the
 directions of `qmir::ss2d_scan`; their images are added as (rows + rows back) + (columns + columns
-back). Kernels repeat this order, and give the same bytes.
+back). Kernels repeat this order, and give the same bytes. `ss2d_scan_q_moments` also gives the
+statistics of the result (`qmir_ao.ops._moments`).
 
 Source: ops/selective_scan_q.py and ops/ss2d_scan.py.
 
@@ -17,11 +18,18 @@ from torch import Tensor
 
 from qmir_ao.ops._directions import DIRECTIONS, merge, repeated, to_images, to_sequences
 from qmir_ao.ops._library import define
+from qmir_ao.ops._moments import ARGUMENT as MOMENTS_ARGUMENT
+from qmir_ao.ops._moments import with_empty_moments, with_moments
 from qmir_ao.ops.selective_scan_q import SCHEMA as _PLAIN_SCHEMA
 from qmir_ao.ops.selective_scan_q import ScanArgs, check_scan, selective_scan_q_ref
 from qmir_ao.ops.ss2d_scan import check_images
 
 SCHEMA = _PLAIN_SCHEMA.replace("selective_scan_q", "ss2d_scan_q")
+MOMENTS_SCHEMA = SCHEMA.replace("ss2d_scan_q", "ss2d_scan_q_moments").replace(
+    ") -> Tensor", f", {MOMENTS_ARGUMENT}) -> (Tensor, Tensor)"
+)
+PARAMETERS = len(ScanArgs._fields)
+"""How many parameters `ss2d_scan_q` has; `ss2d_scan_q_moments` has one more."""
 
 
 def check_image_scan(args: ScanArgs) -> None:
@@ -71,6 +79,13 @@ def _fake(*operands: object) -> Tensor:
 
 
 _ss2d_scan_q = define(SCHEMA, reference=ss2d_scan_q_ref, fake=_fake)
+ss2d_scan_q_moments_ref = with_moments(ss2d_scan_q_ref, "ss2d_scan_q_moments", 1, PARAMETERS)
+ss2d_scan_q_moments = define(
+    MOMENTS_SCHEMA,
+    reference=ss2d_scan_q_moments_ref,
+    fake=with_empty_moments(_fake, "ss2d_scan_q_moments", 1, PARAMETERS),
+)
+"""`ss2d_scan_q` and the statistics of its channels for each sample (`qmir_ao.ops._moments`)."""
 
 
 def ss2d_scan_q(

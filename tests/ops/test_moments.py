@@ -5,17 +5,20 @@ import torch
 from support.convolutions import NAMED, operands
 from support.epilogues import LAYOUTS
 from support.integers import linear_operands, same_bytes, with_threads
+from support.scans_q import IMAGES, image_operands
 from support.tolerances import MOMENTS
 from torch import Tensor
 
 import qmir_ao.backend.cpu.chain_quantize
 import qmir_ao.backend.cpu.conv2d
-import qmir_ao.backend.cpu.linear  # noqa: F401  (register the kernels)
+import qmir_ao.backend.cpu.linear
+import qmir_ao.backend.cpu.ss2d_scan_q  # noqa: F401  (register the kernels)
 from qmir_ao.errors import NonFiniteError
 from qmir_ao.ops._activations import ACTIVATIONS, EXACT
 from qmir_ao.ops.chain_quantize import chain_quantize_ref
 from qmir_ao.ops.conv2d import conv2d_moments_ref
 from qmir_ao.ops.linear import linear_moments_ref
+from qmir_ao.ops.ss2d_scan_q import ss2d_scan_q_moments_ref
 
 qmir = torch.ops.qmir
 LINEAR, CONV2D, CHAIN = qmir.linear_moments, qmir.conv2d_moments, qmir.chain_quantize
@@ -89,6 +92,18 @@ def test_conv2d_moments_are_accurate(name: str, shifted: bool, reference: bool) 
     plain = (None, None, "none")
     y, moments = (conv2d_moments_ref if reference else CONV2D)(*args, *plain, offset)
     assert same_bytes(y, qmir.conv2d(*args))
+    check(moments, y, offset, 1)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@forms
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("name", IMAGES)
+def test_moments_of_a_scan_are_accurate(name: str, shifted: bool, reference: bool) -> None:
+    args = image_operands(3, IMAGES[name], 4)
+    offset = torch.randn(IMAGES[name][1]) if shifted else None
+    y, moments = (ss2d_scan_q_moments_ref if reference else qmir.ss2d_scan_q_moments)(*args, offset)
+    assert same_bytes(y, qmir.ss2d_scan_q(*args))
     check(moments, y, offset, 1)
 
 

@@ -165,6 +165,10 @@ CASES: Cases = {
     "ss2d_scan_backward": lambda: [
         (torch.randn(2, 2, 3, 5), *image_scan(optional)) for optional in (True, False)
     ],
+    "ss2d_scan_q_moments": lambda: [
+        (*image_scan_codes(optional), *offset)
+        for optional, offset in ((True, ()), (False, (torch.randn(2),)))
+    ],
     "ss2d_scan_q": lambda: [image_scan_codes(optional) for optional in (True, False)],
 }
 """Sample arguments of each operator; tensors ask for a gradient where it is differentiable."""

@@ -30,6 +30,7 @@ IMAGE: dict[str, Views] = {
     "swapped": lambda y: (
         y.reshape(y.shape[0], 4, 3, y.shape[2], y.shape[3]).transpose(1, 2).flatten(1, 2)
     ),
+    "one line": lambda y: y[:, 3:9].flatten(2).unsqueeze(2).squeeze(2),
     "narrowed": lambda y: y.narrow(1, 2, 5),
 }
 NOT: dict[str, Views] = {
@@ -39,6 +40,7 @@ NOT: dict[str, Views] = {
     "samples later": lambda y: y.permute(1, 0, 2, 3),
     "channels with pixels": lambda y: y.reshape(y.shape[0], 6, -1),
     "all in one": lambda y: y.flatten(1),
+    "before the samples": lambda y: y.unsqueeze(0),
     "turned": lambda y: y.flip(2),
 }
 

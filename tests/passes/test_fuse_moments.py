@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.chains import Mixer, before, count, prepared, run
 from support.lowering import check_operators
 from support.models import CAPTURES
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 import qmir_ao
@@ -187,3 +187,35 @@ def test_two_quantizers_of_one_result(capture: str) -> None:
     assert len(offsets) == len(served) or len(served) == 1
     x = torch.rand(SIZES[1])
     assert torch.equal(run(plain, x), run(fused, x))
+
+
+class Scanned(Mixer):
+    """An image scan whose result a convolution reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(10, 4 * 10 + 2 * 4 * 3, 1)
+        self.register_buffer("decay", -torch.rand(40, 3) - 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.first(x)
+        delta, B, C = self.project(u).split([40, 12, 12], 1)
+        sides = u.shape[0], 4, 3, u.shape[2], u.shape[3]
+        y = qmir.ss2d_scan(
+            u, delta, self.decay, B.reshape(sides), C.reshape(sides), None, None, True
+        )
+        return self.last(self.local(y))
+
+
+@captures
+def test_a_scan_of_an_image_gives_moments(capture: str) -> None:
+    graph = prepared(capture, model=Scanned)
+    plain = before("FuseMoments", graph)
+    fused = copy.deepcopy(plain)
+    FuseMoments()(fused)
+    fused.recompile()
+    assert count(fused, qmir.ss2d_scan_q_moments.default) == 1
+    assert len(given(fused)) == 4
+    x = torch.rand(SIZES[1])
+    assert torch.equal(run(plain, x), run(fused, x))
+    check_operators(graph, with_moments(graph), x)
