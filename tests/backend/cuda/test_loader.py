@@ -161,7 +161,7 @@ def test_the_launcher_refuses_other_devices() -> None:
 def test_sizes_beyond_the_limits_are_refused(
     grid: tuple[int, int, int], block: tuple[int, int, int]
 ) -> None:
-    with pytest.raises(DeviceError, match="Split the tensor into smaller batches"):
+    with pytest.raises(DeviceError, match="Split the work into smaller batches"):
         check_sizes("qmir_x", grid, block)
 
 
