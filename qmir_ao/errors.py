@@ -40,7 +40,7 @@ class DeviceError(QmirError, RuntimeError):
     """A device cannot run a kernel: driver, package, architecture, memory or tensors are wrong."""
 
 
-class DeviceSizeError(DeviceError):
+class DeviceSizeError(QmirError, OverflowError):
     """Operands are larger than a kernel can count, or need more blocks than a device starts."""
 
 

@@ -56,12 +56,11 @@ def check_sizes(kernel: str, grid: Size3, block: Size3) -> None:
     """Refuse a grid or block that no device takes.
 
     Raises:
-        DeviceError: a size of zero, or a block of too many threads.
-        DeviceSizeError: more blocks than CUDA starts.
+        DeviceSizeError: a size of zero or beyond CUDA's limits.
     """
     threads = block[0] * block[1] * block[2]
     if min(*grid, *block) < 1 or threads > MAX_THREADS:
-        raise DeviceError(
+        raise DeviceSizeError(
             f"{kernel}: grid {grid} of blocks {block}; sizes must be positive, a block at most "
             f"{MAX_THREADS} threads. {SMALLER}"
         )

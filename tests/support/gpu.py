@@ -152,8 +152,9 @@ def call_times(
         run(*args)
         return gpu.seconds(start, gpu.mark())
 
-    longest = max(timed() for _ in range(WARMUP))
-    rounds = min(ROUNDS, max(FEWEST, int(BUDGET / max(longest, 1e-9))))
+    # The first calls compile.
+    shortest = min(timed() for _ in range(WARMUP))
+    rounds = min(ROUNDS, max(FEWEST, int(BUDGET / max(shortest, 1e-9))))
     return [timed() for _ in range(rounds)]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import gpu, oracles, tolerances
+from support.counting_cpu import CountingCpu, mamba_module
 from support.gpu_rows import networks, products, quantizers, scans
 from support.gpu_rows.rows import MAMBA, OURS, Row, Side, disagreement
 from support.gpu_rows.table import Measured, Table, memory_lines, time_lines
@@ -36,42 +37,6 @@ NAMES_OF_GOALS = (
 ).split()
 
 
-class CountingCpu:
-    """The CPU in place of `support.gpu.Gpu`; between two marks lies a millisecond for each mark."""
-
-    device = torch.device("cpu")
-    target = "cpu"
-
-    def __init__(self) -> None:
-        self.marks = itertools.count()
-        self.leads = 0
-
-    def cache(self) -> int:
-        return 4096
-
-    def lead(self) -> None:
-        self.leads += 1
-
-    def mark(self) -> Any:
-        return next(self.marks)
-
-    def seconds(self, start: Any, end: Any) -> float:
-        return 1e-3 * (end - start)
-
-    def compiled(self, function: Any) -> Any:
-        return function
-
-    def captured(self, function: Any, *args: Any) -> Any:
-        return lambda: function(*args)
-
-    def peak(self, function: Any) -> int:
-        function()
-        return 10**6
-
-    def free(self) -> None:
-        pass
-
-
 CPU = CountingCpu()
 IMAGES = [(1, 6, 5, 7), (2, 6, 5, 7)]
 SMALL = [scans.Size(12, 3, 5, 7)]
@@ -85,26 +50,6 @@ ROWS = {
         *products.rows(CPU, [(9, 12, 20), (40, 60, 33)], [(6, 6, 1, 7), (6, 6, 6, 7)]),
     )
 }
-
-
-def mamba_module() -> types.ModuleType:
-    """mamba-ssm's function by our operator, with the checks of the package's own C++ code."""
-    module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
-
-    def selective_scan_fn(
-        u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
-        return_last_state=False,
-    ):  # fmt: skip
-        assert z is None and not return_last_state
-        assert {x.dtype for x in (delta, B, C)} == {u.dtype}
-        assert {x.dtype for x in (A, D, delta_bias)} == {torch.float32}
-        assert all(x.stride(-1) == 1 for x in (u, delta, B, C, D, delta_bias))
-        assert u.shape[1] % B.shape[1] == 0
-        args = (u, delta, A, B, C, D, delta_bias, delta_softplus)
-        return torch.ops.qmir.selective_scan(*args)
-
-    module.selective_scan_fn = selective_scan_fn
-    return module
 
 
 @pytest.fixture
@@ -135,6 +80,39 @@ def test_the_stand_in_has_the_methods_of_the_gpu() -> None:
         return {n: len(inspect.signature(f).parameters) for n, f in found if n[0] != "_"}
 
     assert methods(CountingCpu) == methods(gpu.Gpu)
+
+
+def test_the_gpu_asks_for_what_torch_has(monkeypatch: Any) -> None:
+    """Every call that `Gpu` makes, with a torch.cuda whose functions do nothing."""
+    calls: list[str] = []
+
+    class Nothing:
+        L2_cache_size = 7
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            calls.append("made")
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: calls.append(name) or 2.0
+
+        def __enter__(self) -> None:
+            calls.append("entered")
+
+        def __exit__(self, *args: Any) -> None:
+            calls.append("left")
+
+    for name in ("Event", "Stream", "CUDAGraph", "stream", "graph", "get_device_properties",
+                 "current_stream", "_sleep", "synchronize", "empty_cache",
+                 "reset_peak_memory_stats"):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 11)
+    device = gpu.Gpu()
+    device.lead()
+    device.free()
+    assert device.cache() == 7 and device.peak(lambda: calls.append("run")) == 11
+    assert device.seconds(device.mark(), device.mark()) == 2.0 * 1e-3
+    replay = device.captured(lambda x: calls.append("run") or x, 5)
+    assert calls.count("run") == 1 + 3 + 1 and replay() == 5 and calls[-1] == "replay"
 
 
 @pytest.mark.parametrize("work", ROWS)
@@ -217,6 +195,12 @@ def test_long_calls_are_timed_less_often() -> None:
     assert slow.leads == 25 + gpu.WARMUP
     assert len(gpu.call_times(slow, len, lambda: ((),), lead=False)) == 25
     assert slow.leads == 25 + gpu.WARMUP
+
+
+def test_a_first_call_that_compiles_does_not_count() -> None:
+    cpu = CountingCpu()
+    cpu.seconds = lambda start, end: 30.0 if start == 0 else 1e-3  # type: ignore[method-assign]
+    assert gpu.call_times(cpu, len, lambda: ((),)) == [1e-3] * gpu.ROUNDS
 
 
 def test_a_replay_gives_back_its_durations(benchmark: Any) -> None:
