@@ -40,5 +40,9 @@ class DeviceError(QmirError, RuntimeError):
     """A device cannot run a kernel: driver, package, architecture, memory or tensors are wrong."""
 
 
+class DeviceSizeError(QmirError, OverflowError):
+    """Operands are larger than a kernel can count, or need more blocks than a device starts."""
+
+
 class DeviceMemoryError(QmirError, MemoryError):
     """The memory of a device is too small for an operator."""

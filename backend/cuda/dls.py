@@ -147,6 +147,8 @@ def launch_dls_quantize_pack(
 ) -> Tensor:
     """Start one kernel that does `qmir::dls_quantize` and then `qmir::pack`.
 
+    No operator calls it: between operators codes are int8, see docs/performance.md.
+
     Args:
         launch: starts the kernel.
         x: float32 activations, not empty.

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qmir_ao.errors import DeviceError
+from qmir_ao.errors import DeviceError, DeviceSizeError
 
 Argument = Tensor | int | float | None
 Size3 = tuple[int, int, int]
@@ -15,6 +15,10 @@ Size3 = tuple[int, int, int]
 NO_DEFINES: Mapping[str, int] = MappingProxyType({})
 MAX_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_INT = 2**31 - 1
+INT_SIZES = ("qmir_conv2d",)
+"""How names of kernels begin that take sizes as `int`; all others take them as `int64_t`."""
+SMALLER = "Split the work into smaller batches, images or tiles"
 VECTOR_BYTES = 16
 """Alignment of the memory that kernels read in vectors."""
 
@@ -52,18 +56,42 @@ def check_sizes(kernel: str, grid: Size3, block: Size3) -> None:
     """Refuse a grid or block that no device takes.
 
     Raises:
-        DeviceError: a size of zero or beyond CUDA's limits.
+        DeviceSizeError: a size of zero or beyond CUDA's limits.
     """
     threads = block[0] * block[1] * block[2]
     if min(*grid, *block) < 1 or threads > MAX_THREADS:
-        raise DeviceError(
+        raise DeviceSizeError(
             f"{kernel}: grid {grid} of blocks {block}; sizes must be positive, a block at most "
-            f"{MAX_THREADS} threads. Split the tensor into smaller batches"
+            f"{MAX_THREADS} threads. {SMALLER}"
         )
     if any(size > most for size, most in zip(grid, MAX_GRID, strict=True)):
-        raise DeviceError(
-            f"{kernel}: grid {grid} is beyond {MAX_GRID}. Split the tensor into smaller batches"
-        )
+        raise DeviceSizeError(f"{kernel}: grid {grid} is beyond {MAX_GRID}. {SMALLER}")
+
+
+def check_arguments(kernel: str, args: Sequence[Argument]) -> None:
+    """Refuse a size that a kernel's parameters would cut off.
+
+    Raises:
+        DeviceSizeError: which number, and what fits.
+    """
+    if kernel.startswith(INT_SIZES):
+        largest = max((abs(a) for a in args if isinstance(a, int)), default=0)
+        check_count(f"{kernel}: a size", largest)
+
+
+def check_count(what: str, count: int, most: int = MAX_INT) -> None:
+    """Refuse a number that a kernel cannot count to.
+
+    Args:
+        what: what is counted, for the message.
+        count: the number.
+        most: largest one that fits.
+
+    Raises:
+        DeviceSizeError: the number is larger.
+    """
+    if count > most:
+        raise DeviceSizeError(f"{what} of {count} is beyond {most}. {SMALLER}")
 
 
 def check_device(op: str, *tensors: Tensor | None) -> torch.device:

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from qmir_ao.backend.cpu.build import cache_dir
 from qmir_ao.backend.cuda import sources
-from qmir_ao.backend.cuda.launch import NO_DEFINES, Argument, Size3, check_device, check_sizes
+from qmir_ao.backend.cuda.launch import (
+    NO_DEFINES,
+    Argument,
+    Size3,
+    check_arguments,
+    check_device,
+    check_sizes,
+)
 from qmir_ao.errors import DeviceError
 
 log = logging.getLogger(__name__)
@@ -191,6 +198,7 @@ class CudaLauncher:
             DeviceError: no CuPy, no driver, a device that is too old, or a launch it refuses.
         """
         check_sizes(kernel, grid, block)
+        check_arguments(kernel, args)
         device = check_device(kernel, *(a for a in args if isinstance(a, Tensor)))
         if device.type != "cuda":
             raise DeviceError(f"{kernel}: tensors are on {device}, a CUDA device is needed")

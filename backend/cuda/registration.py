@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import NO_DEFINES, check_device
 from qmir_ao.backend.cuda.module import launcher
-from qmir_ao.errors import DeviceMemoryError
+from qmir_ao.errors import DeviceMemoryError, DeviceSizeError
 
 LIBRARY = torch.library.Library("qmir", "IMPL", "CUDA")
 KERNELS: dict[str, Callable[..., Any]] = {}
@@ -68,13 +68,21 @@ def cuda_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(launch)
+        def named(*args: Any, **options: Any) -> Any:
+            try:
+                return launch(*args, **options)
+            except DeviceSizeError as error:
+                sizes = ", ".join(str(tuple(x.shape)) for x in _tensors(args))
+                raise DeviceSizeError(f"qmir::{name} on tensors of {sizes}: {error}") from error
+
+        @functools.wraps(launch)
         def kernel(*args: Any) -> Any:
             device = check_device(name, *_tensors(args))
             if os.environ.get("QMIR_DISABLE_NATIVE") == "1":
                 return reference(*args)
             try:
                 with torch.cuda.device(device):
-                    return launch(launcher(), *args)
+                    return named(launcher(), *args)
             except torch.OutOfMemoryError as error:
                 raise DeviceMemoryError(
                     f"qmir::{name} does not fit into the memory of {device}: {error}. "
@@ -82,7 +90,7 @@ def cuda_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
                 ) from error
 
         LIBRARY.impl(name, kernel)
-        KERNELS[name] = launch
-        return launch
+        KERNELS[name] = named
+        return named
 
     return register

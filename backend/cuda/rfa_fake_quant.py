@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qmir_ao.backend.cuda.launch import Launcher, ceil_div, dense
+from qmir_ao.backend.cuda.launch import Launcher, ceil_div, check_count, dense
 from qmir_ao.backend.cuda.registration import cuda_kernel
 from qmir_ao.ops.rfa import check_weight
 from qmir_ao.ops.rfa_fake_quant import rfa_fake_quant_backward_ref, rfa_fake_quant_ref
@@ -14,6 +14,8 @@ TILE, ROW_TILE = 2048, 8192
 BLOCK = (256, 1, 1)
 COMPILED = (4, 8, 16, 32, 64, 128, 256)
 """Numbers of thresholds that have kernels; others run in plain torch on the device."""
+HISTOGRAM_VALUES = 2**32 - 1
+"""Entries of all histograms together: kernels count them without a sign in 32 bits."""
 
 
 def _fits(w: Tensor, thresholds: Tensor) -> bool:
@@ -75,6 +77,7 @@ def launch_rfa_fake_quant_backward(
     operands = _operands(w, step, shift, thresholds, quant_min)
     up, size, rows = dense(grad.float()), thresholds.shape[0], step.numel()
     blocks, tiles = ceil_div(w.numel(), TILE), ceil_div(w.numel() // rows, ROW_TILE)
+    check_count("a number of histogram entries", 2 * (size + 1) * blocks, HISTOGRAM_VALUES)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=w.device)

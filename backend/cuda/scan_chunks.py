@@ -7,7 +7,7 @@ bytes on every GPU.
 
 from typing import NamedTuple
 
-from qmir_ao.backend.cuda.launch import Size3, ceil_div
+from qmir_ao.backend.cuda.launch import MAX_INT, Size3, ceil_div, check_count
 from qmir_ao.ops._directions import DIRECTIONS
 
 WARP = 32
@@ -19,6 +19,9 @@ TARGET_WARPS = 2048
 
 SHORTEST = 64
 """Steps below which carrying a state costs as much as the chunk."""
+
+LONGEST_SIDE = MAX_INT - TILE
+"""Rows and columns of an image that the kernels count as `int`, a tile beyond the last included."""
 
 
 class ScanSize(NamedTuple):
@@ -100,7 +103,12 @@ def images(
         width: columns of an image.
         warps: warps of a block.
         steps: steps of a chunk instead of `chunk_steps`.
+
+    Raises:
+        DeviceSizeError: an image that is longer or wider than the kernels can count.
     """
+    for name, side in (("height", height), ("width", width)):
+        check_count(name, side, LONGEST_SIDE)
     length = height * width
     steps = steps or chunk_steps(DIRECTIONS, channels, length)
     # One column a warp keeps the columns of a block side by side.

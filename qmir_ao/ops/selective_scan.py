@@ -47,7 +47,8 @@ def selective_scan_ref(
         h = torch.exp(step * A) * h + step * u[:, :, i, None] * B_full[..., i]
         rows.append((h * C_full[..., i]).sum(-1))
     y = torch.stack(rows, dim=-1) if rows else torch.zeros_like(u)
-    return y if D is None else y + D[:, None] * u
+    # Under autocast A, D and the bias are float32 beside bf16 sequences.
+    return (y if D is None else y + D[:, None] * u).to(u.dtype)
 
 
 def selective_scan_backward_ref(
@@ -94,7 +95,7 @@ def selective_scan_backward_ref(
         raw = delta if delta_bias is None else delta + delta_bias[:, None]
         ddt = torch.where(raw > 20, ddt, ddt * torch.sigmoid(raw))
     fold = (batch, groups, channels // groups, states, length)
-    return (
+    found = (
         du,
         ddt,
         dA.sum(0),
@@ -103,6 +104,8 @@ def selective_scan_backward_ref(
         u.new_zeros(0) if D is None else (grad * u).sum((0, 2)),
         u.new_zeros(0) if delta_bias is None else ddt.sum((0, 2)),
     )
+    operands = (u, delta, A, B, C, D, delta_bias)
+    return tuple(g if x is None else g.to(x.dtype) for g, x in zip(found, operands, strict=True))
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:

@@ -156,6 +156,19 @@ def test_softplus_threshold_has_slope_one() -> None:
     )
 
 
+def test_results_and_gradients_have_the_types_of_their_operands() -> None:
+    """Under autocast A, D and the bias are float32 beside bf16 sequences."""
+    tensors = operands(SIZES["seven-steps"])
+    mixed = [t.bfloat16() if i in (0, 1, 3, 4) else t for i, t in enumerate(tensors)]
+    y, *found = (
+        selective_scan_op(*mixed, True),
+        *selective_scan_backward_op(torch.ones_like(mixed[0]), *mixed, True),
+    )
+    assert y.dtype == torch.bfloat16
+    assert [g.dtype for g in found] == [t.dtype for t in mixed]
+    torch.library.opcheck(selective_scan_op, (*mixed, True), test_utils=("test_faketensor",))
+
+
 def test_other_dtypes_use_the_reference() -> None:
     tensors = in_float64(operands((2, 2, 5, 3, 7)))
     got = selective_scan_op(*tensors, True)

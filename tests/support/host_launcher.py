@@ -18,7 +18,13 @@ import torch
 
 from qmir_ao.backend.cpu.build import cache_dir, compiler
 from qmir_ao.backend.cuda import sources
-from qmir_ao.backend.cuda.launch import NO_DEFINES, Argument, Size3, check_sizes
+from qmir_ao.backend.cuda.launch import (
+    NO_DEFINES,
+    Argument,
+    Size3,
+    check_arguments,
+    check_sizes,
+)
 
 HERE = Path(__file__).resolve().parent / "cuda_host"
 # As NVRTC is told in backend/cuda/module.py: no contraction. Undefined behaviour is reported by
@@ -158,6 +164,7 @@ class HostLauncher:
         defines: Mapping[str, int] = NO_DEFINES,
     ) -> None:
         check_sizes(kernel, grid, block)
+        check_arguments(kernel, args)
         module = _module(self._text(source), source, tuple(sorted(defines.items())))
         signature = module.signature(kernel)
         self._check(module, kernel, block, args, shared, signature)

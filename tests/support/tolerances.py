@@ -169,3 +169,10 @@ GRAPH_PSNR = 20.0
 # around a midpoint: 2^-15 of them, each by a unit of 2^-8. Relative to the norm of n elements at
 # most sqrt(k / n) * 2^-8 for k flips; k = 3 of n >= 1000 covers the tests' sizes.
 BF16_FLIPS = math.sqrt(3 / 1000) * 2.0**-8
+
+
+# Sides of a benchmark that claim the same work, norm of the difference over the norm. The coarsest
+# round operands and results to bf16, 2^-9 of each, and add thousands of products of such operands,
+# whose errors are independent: a few times 2^-9 in all. Another work (an operand left out, a
+# direction not turned back) is off by tenths.
+SAME_WORK = 2.0**-5

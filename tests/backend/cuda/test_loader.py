@@ -14,7 +14,7 @@ from support.nvrtc import compile_text, needs_nvrtc
 import qmir_ao.backend.cuda
 from qmir_ao.backend.cuda import module, registration, sources
 from qmir_ao.backend.cuda.launch import check_device, check_sizes, dense
-from qmir_ao.errors import ConfigError, DeviceError, DeviceMemoryError, QmirError
+from qmir_ao.errors import ConfigError, DeviceError, DeviceMemoryError, DeviceSizeError, QmirError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -150,7 +150,7 @@ def test_the_launcher_refuses_other_devices() -> None:
         module.launcher()("selective_scan", "qmir_scan_carry", (1, 1, 1), (1, 1, 1), [x])
     with pytest.raises(DeviceError, match=r"are on cpu, meta; move them to one device"):
         check_device("selective_scan", x, x.to("meta"))
-    assert issubclass(DeviceError, QmirError)
+    assert issubclass(DeviceError, QmirError) and issubclass(DeviceSizeError, QmirError)
     assert issubclass(DeviceMemoryError, MemoryError)
 
 
@@ -161,7 +161,7 @@ def test_the_launcher_refuses_other_devices() -> None:
 def test_sizes_beyond_the_limits_are_refused(
     grid: tuple[int, int, int], block: tuple[int, int, int]
 ) -> None:
-    with pytest.raises(DeviceError, match="Split the tensor into smaller batches"):
+    with pytest.raises(DeviceSizeError, match="Split the work into smaller batches"):
         check_sizes("qmir_x", grid, block)
 
 
