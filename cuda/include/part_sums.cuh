@@ -20,16 +20,16 @@ struct PartsRoom {
     return offset ? y + offset[channel] : y;
   }
   QMIR_DEVICE TilePart* at(int64_t sample, int64_t channel, int64_t tile) const {
-    return parts + (sample * channels + channel) * tiles + tile;
+    return wanted() ? parts + (sample * channels + channel) * tiles + tile : nullptr;
   }
 };
 
 #define QMIR_PARTS_ROOM \
   const float *moments_offset, qmir::TilePart *parts, int64_t result_channels, int64_t result_tiles
 
-#define QMIR_PARTS_ROOM_OF                                        \
-  PartsRoom {                                                     \
-    moments_offset, parts, result_channels, result_tiles          \
+#define QMIR_PARTS_ROOM_OF                               \
+  PartsRoom {                                            \
+    moments_offset, parts, result_channels, result_tiles \
   }
 
 template <class Sum, int kCount, class Values>

@@ -268,6 +268,16 @@ def test_a_missing_barrier_is_noticed(source: str, barrier: str, tmp_path: Path)
     assert not all(same_bytes(each, wanted) for each in found)
 
 
+def test_a_missing_barrier_of_the_pivot_is_noticed(tmp_path: Path) -> None:
+    right = "pivot = results[0];\n  __syncthreads();"
+    wrong = "pivot = results[0];"
+    folder = with_fault(tmp_path, "qconv2d_depthwise", right, wrong, "moments", "qconv2d_prepare")
+    args = conv_case("depthwise")
+    wanted = launch_conv2d_moments(Variant(), *args)[1]
+    found = [launch_conv2d_moments(Variant(NO_DEFINES, i, folder), *args)[1] for i in range(4)]
+    assert not all(same_bytes(each, wanted) for each in found)
+
+
 FAULTS = {
     "tile of a sample": ("qlinear", "at % tiles * kTile;", "at % tiles * (kTile - 1);"),
     "offset": ("qlinear", "y + offset[channel]", "y + offset[0]"),
