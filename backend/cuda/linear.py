@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmir_ao.backend.cuda.launch import Launcher, Size3, ceil_div, check_device, dense
+from qmir_ao.backend.cuda.launch import Argument, Launcher, Size3, ceil_div, check_device, dense
 from qmir_ao.backend.cuda.moments import make_room, merge
 from qmir_ao.backend.cuda.registration import cuda_kernel
 from qmir_ao.ops._activations import EXACT
@@ -85,11 +85,12 @@ def _run(
         sizes = (bits, rows, rows // x_step.numel(), x.shape[-1], out_features)
         kept = [None if t is None else dense(t) for t in tensors]
         operands = (*kept, *sizes, w_step.numel(), w_shift.numel(), end.kind)
-        name, more = "qmir_linear", ()
+        more: tuple[Argument, ...] = ()
         if wants_moments or activation not in EXACT:
-            name, more = "qmir_linear_kept", (rows_per_sample, *room.arguments)
+            more = (rows_per_sample, *room.arguments)
         blocks = samples * tiles * ceil_div(out_features, TILE)
-        launch("qlinear", f"{name}_w{max(bits, 4)}", (blocks, 1, 1), BLOCK, (*operands, *more, y))
+        name = f"qmir_linear{'_kept' if more else ''}_w{max(bits, 4)}"
+        launch("qlinear", name, (blocks, 1, 1), BLOCK, (*operands, *more, y))
     merge(launch, room)
     return y, room.moments
 
