@@ -6,6 +6,9 @@
 //   for the sums of a chunk and for its codes; qmir_dls_finish stands in between.
 // - values: everything else. The values are written in the order of the codes, for cuda/dls.cu.
 //
+// Where step and shift are known before (cuda/moments.cu), codes are all there is to make: those of
+// the second way, or tile codes, which are turned as values are.
+//
 // Arithmetic and the order of sums are those of backend/cpu/csrc/chain_quantize.cpp, to the byte.
 #include "activations.cuh"
 #include "dls_sums.cuh"
@@ -218,6 +221,30 @@ extern "C" __global__ void __launch_bounds__(128)
   }
 }
 
+namespace {
+
+// The block's tile of `rows` pixels and `width` channels.
+QMIR_DEVICE Tile tile_of(float* values, int64_t channels, int64_t tokens, int64_t rows,
+                         int64_t width) {
+  const int64_t tiles = (channels + width - 1) / width;
+  const int64_t first = blockIdx.x / tiles * rows, channel = blockIdx.x % tiles * width;
+  return {values, first, channel, (int)min_of(rows, tokens - first),
+          (int)min_of(width, channels - channel)};
+}
+
+// Calls body(row, channel in the tile, place among the codes) for a tile in the order of the codes.
+template <class Body>
+QMIR_DEVICE void for_places(const Chain& chain, const Tile& tile, const Rows& rows,
+                            bool channels_first, const Body& body) {
+  for_tile(tile.rows, tile.channels, channels_first, [&](int row, int c) {
+    const int64_t channel = tile.first_channel + c;
+    body(row, c, channels_first ? rows.result[row] + channel * chain.pixels
+                                : (tile.first_row + row) * chain.channels + channel);
+  });
+}
+
+}  // namespace
+
 // The values of `rows` pixels and `width` channels to a block, for which the norm takes all.
 extern "C" __global__ void __launch_bounds__(128)
     qmir_chain_values(QMIR_CHAIN, float* y, int64_t channels_first, int64_t tokens, int64_t rows,
@@ -225,15 +252,29 @@ extern "C" __global__ void __launch_bounds__(128)
   QMIR_DYNAMIC_SHARED(float, values);
   __shared__ Rows places;
   const Chain chain = QMIR_GIVEN_CHAIN;
-  const int64_t tiles = (channels + width - 1) / width;
-  const int64_t first = blockIdx.x / tiles * rows, channel = blockIdx.x % tiles * width;
-  const Tile tile{values, first, channel, (int)min_of(rows, tokens - first),
-                  (int)min_of(width, channels - channel)};
+  const Tile tile = tile_of(values, channels, tokens, rows, width);
   make_values(chain, tile, places, norm, eps);
-  for_tile(tile.rows, tile.channels, channels_first, [&](int row, int c) {
-    const int64_t to = channels_first ? places.result[row] + (channel + c) * pixels
-                                      : (first + row) * channels + channel + c;
-    y[to] = tile.row(row)[c];
+  for_places(chain, tile, places, channels_first,
+             [&](int row, int c, int64_t to) { y[to] = tile.row(row)[c]; });
+}
+
+// Their codes, without a norm, where step and shift of each group of `samples` samples are known.
+extern "C" __global__ void __launch_bounds__(128)
+    qmir_chain_tile_codes(QMIR_CHAIN, const float* step, const float* shift, int8_t* codes,
+                          int64_t channels_first, int64_t tokens, int64_t rows, int64_t width,
+                          int64_t samples, float low, float high) {
+  QMIR_DYNAMIC_SHARED(float, values);
+  __shared__ Rows places;
+  __shared__ Grid grids[kMostRows];
+  const Chain chain = QMIR_GIVEN_CHAIN;
+  const Tile tile = tile_of(values, channels, tokens, rows, width);
+  if (threadIdx.x < tile.rows) {
+    const int64_t group = (tile.first_row + threadIdx.x) / pixels / samples;
+    grids[threadIdx.x] = {step[group], shift[group], low, high};
+  }
+  make_values(chain, tile, places, false, 0.0f);
+  for_places(chain, tile, places, channels_first, [&](int row, int c, int64_t to) {
+    codes[to] = code_of(tile.row(row)[c], grids[row]);
   });
 }
 

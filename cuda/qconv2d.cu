@@ -5,6 +5,7 @@
 // for that, each tap has its own. The weight comes in fragments from qconv2d_prepare.cu.
 #include "conv_tile.cuh"
 #include "mma_tile.cuh"
+#include "result_tile.cuh"
 
 using namespace qmir;
 
@@ -283,6 +284,27 @@ QMIR_DEVICE void write(const Accumulator& acc, const ConvShape& s, const Block& 
   }
 }
 
+// The same into shared memory, and not completed.
+template <class Value>
+QMIR_DEVICE void keep(const Accumulator& acc, const ConvShape& s, const Block& block,
+                      const Pixels& pixels, const ResultTile& tile, const Value& value) {
+  const Lane lane;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int feature = lane.feature + 8 * i + lane.group;
+    if (block.first_feature + feature >= s.group_features()) continue;
+    const auto of_feature =
+        value.feature(block.group * s.group_features() + block.first_feature + feature);
+#pragma unroll
+    for (int j = 0; j < 2 * kColumnTiles; ++j) {
+      const int pixel = lane.pixel + j / 2 * 8 + 2 * lane.rank + j % 2;
+      if (pixels.place[pixel] < 0) continue;
+      tile.at(pixel, feature) =
+          of_feature(pixel, acc[i / 2 * kColumnTiles + j / 2][i % 2 * 2 + j % 2]);
+    }
+  }
+}
+
 struct Accumulators {
   struct Feature {
     QMIR_DEVICE int32_t operator()(int, int32_t acc) const {
@@ -323,7 +345,7 @@ struct Affine {
     return end.plane(s, sample, o);
   }
   QMIR_DEVICE float finish(float y, int64_t at, int o) const {
-    return end.end(y, at, o);
+    return end.end.exact(y, at, o);
   }
 };
 
@@ -341,14 +363,12 @@ QMIR_DEVICE void conv_acc(const int8_t* x, const Codes* fragments, const ConvSha
   write(acc, s, block, pixels, y, Accumulators{});
 }
 
+// The products, and what their results need; nothing needs the window any more.
 template <class Codes>
-QMIR_DEVICE void conv(const int8_t* x, const Codes* fragments, const ConvAffine& affine,
-                      const ConvEnd& end, const ConvShape& s, const Plan& plan, float* y) {
-  QMIR_DYNAMIC_SHARED(Octet, memory);
-  __shared__ Pixels pixels;
-  const Block block(s, plan);
-  const Window window(s, plan, memory);
-  Accumulator acc = {};
+QMIR_DEVICE void multiply_and_locate(Accumulator& acc, Pixels& pixels, const int8_t* x,
+                                     const Codes* fragments, const ConvAffine& affine,
+                                     const ConvShape& s, const Plan& plan, const Block& block,
+                                     const Window& window) {
   multiply<Codes, true>(acc, s, plan, block, window, x, fragments);
   __syncthreads();
   if (threadIdx.x < kTile) {
@@ -363,20 +383,62 @@ QMIR_DEVICE void conv(const int8_t* x, const Codes* fragments, const ConvAffine&
     pixels.sum[pixel] = (float)sum;
   }
   __syncthreads();
+}
+
+template <class Codes>
+QMIR_DEVICE void conv(const int8_t* x, const Codes* fragments, const ConvAffine& affine,
+                      const ConvEnd& end, const ConvShape& s, const Plan& plan, float* y) {
+  QMIR_DYNAMIC_SHARED(Octet, memory);
+  __shared__ Pixels pixels;
+  const Block block(s, plan);
+  const Window window(s, plan, memory);
+  Accumulator acc = {};
+  multiply_and_locate(acc, pixels, x, fragments, affine, s, plan, block, window);
   write(acc, s, block, pixels, y, Affine{affine, end, pixels, block.sample});
+}
+
+template <class Codes>
+QMIR_DEVICE void conv_kept(const int8_t* x, const Codes* fragments, const ConvAffine& affine,
+                           const ConvEnd& end, const ConvShape& s, const Plan& plan,
+                           const PartsRoom& room, float* y) {
+  QMIR_DYNAMIC_SHARED(Octet, memory);
+  __shared__ Pixels pixels;
+  const Block block(s, plan);
+  const Window window(s, plan, memory);
+  Accumulator acc = {};
+  multiply_and_locate(acc, pixels, x, fragments, affine, s, plan, block, window);
+  const ResultTile tile{reinterpret_cast<float*>(memory)};
+  keep(acc, s, block, pixels, tile, Affine{affine, end, pixels, block.sample});
+  const int first = block.group * s.group_features() + block.first_feature;
+  const int channels = min_of(s.group_features() - block.first_feature, kTile);
+  const auto some = [&](int pixel) { return pixels.place[pixel] >= 0; };
+  const auto place = [&](int pixel, int channel) -> int64_t {
+    const int at = pixels.place[pixel];
+    return at < 0 || channel >= channels ? -1 : end.plane(s, block.sample, first + channel)[at];
+  };
+  const int across = (s.group_features() + kTile - 1) / kTile;
+  finish_tile(tile, !end.channels_last, first, channels, end.end, room,
+              room.at(block.sample, first, blockIdx.x / across % room.tiles), place, some, y);
 }
 
 }  // namespace
 
 // One block for each tile: features first, then columns and rows of pixels, groups and samples. The
-// dynamic shared memory holds 68 bytes for each position of the window. Nibbles hold 2-bit codes
-// too.
+// dynamic shared memory holds 68 bytes for each position of the window; for the second kernel at
+// least 64 * 65 floats. Nibbles hold 2-bit codes too. The first kernel knows no activation but relu;
+// the second one keeps statistics of `result_tiles` tiles of each plane where `parts` is not null.
 #define QMIR_CONV(name, Codes)                                                                     \
   extern "C" __global__ void __launch_bounds__(128, 4)                                             \
       qmir_conv2d_##name(const int8_t* x, const Codes* fragments, QMIR_CONV_AFFINE, QMIR_CONV_END, \
                          QMIR_CONV_SIZES, int tile_h, int tile_w, int shared, float* y) {          \
     conv(x, fragments, QMIR_CONV_AFFINE_OF, QMIR_CONV_END_OF, QMIR_CONV_SHAPE,                     \
          {tile_h, tile_w, shared != 0}, y);                                                        \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(128, 4) qmir_conv2d_kept_##name(                    \
+      const int8_t* x, const Codes* fragments, QMIR_CONV_AFFINE, QMIR_CONV_END, QMIR_CONV_SIZES,   \
+      int tile_h, int tile_w, int shared, QMIR_PARTS_ROOM, float* y) {                             \
+    conv_kept(x, fragments, QMIR_CONV_AFFINE_OF, QMIR_CONV_END_OF, QMIR_CONV_SHAPE,                \
+              {tile_h, tile_w, shared != 0}, QMIR_PARTS_ROOM_OF, y);                               \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(128, 4)                                             \
       qmir_conv2d_acc_##name(const int8_t* x, const Codes* fragments, QMIR_CONV_SIZES, int tile_h, \

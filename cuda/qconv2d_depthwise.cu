@@ -2,6 +2,7 @@
 // product of matrices. A block makes pixels of one plane, each thread four neighbours of a row.
 #include "conv_tile.cuh"
 #include "pack.cuh"
+#include "part_sums.cuh"
 #include "vectors.cuh"
 
 using namespace qmir;
@@ -9,6 +10,7 @@ using namespace qmir;
 namespace {
 
 constexpr int kPixels = 4;
+constexpr int kThreads = 128;
 
 struct Task {
   int sample, feature, row, column;  // the first of the thread's pixels
@@ -65,31 +67,39 @@ QMIR_DEVICE void accumulate(const ConvShape& s, const Task& task, const int8_t* 
   }
 }
 
-QMIR_DEVICE int32_t finish(int32_t acc, const Epilogue&, int64_t, int) {
-  return acc;
-}
-QMIR_DEVICE float finish(float y, const Epilogue& end, int64_t at, int feature) {
-  return end(y, at, feature);
-}
+// What completes results: nothing, what takes few instructions, or every activation.
+struct Nothing {
+  QMIR_DEVICE int32_t operator()(int32_t acc, int64_t, int) const {
+    return acc;
+  }
+};
 
-// The results of a thread, in one access where the row's length allows it.
-template <class T>
+struct Exact {
+  const Epilogue& end;
+
+  QMIR_DEVICE float operator()(float y, int64_t at, int feature) const {
+    return end.exact(y, at, feature);
+  }
+};
+
+// Completes the results of a thread and writes them, in one access where the row's length allows it.
+template <class T, class Finish>
 QMIR_DEVICE void write(const ConvShape& s, const Task& task, const ConvEnd& end,
-                       T (&results)[kPixels], T* y) {
+                       const Finish& finish, T (&results)[kPixels], T* y) {
   const ConvEnd::Plane plane = end.plane(s, task.sample, task.feature);
   const int64_t at = plane[task.pixel(s)];
   if (s.columns.out % kPixels == 0 && plane.step == 1) {
 #pragma unroll
-    for (int p = 0; p < kPixels; ++p)
-      results[p] = finish(results[p], end.end, at + p, task.feature);
+    for (int p = 0; p < kPixels; ++p) results[p] = finish(results[p], at + p, task.feature);
     store_values(y + at, results);
     return;
   }
 #pragma unroll
   for (int p = 0; p < kPixels; ++p)
-    if (task.column + p < s.columns.out)
-      y[at + p * plane.step] =
-          finish(results[p], end.end, at + p * plane.step, task.feature);
+    if (task.column + p < s.columns.out) {
+      const int64_t to = at + p * plane.step;
+      y[to] = results[p] = finish(results[p], to, task.feature);
+    }
 }
 
 template <int kBits>
@@ -101,7 +111,25 @@ QMIR_DEVICE void depthwise_acc(const int8_t* x, const uint8_t* weight, const Con
   if (!task.some) return;
   int32_t acc[kPixels] = {}, sum[kPixels] = {};
   accumulate(s, task, x, codes, acc, sum);
-  write(s, task, ConvEnd{}, acc, y);
+  write(s, task, ConvEnd{}, Nothing{}, acc, y);
+}
+
+// The float results of a thread, not completed.
+QMIR_DEVICE void compute(const ConvShape& s, const Task& task, const int8_t* x,
+                         const int8_t* codes, const ConvAffine& affine,
+                         float (&results)[kPixels]) {
+  int32_t acc[kPixels] = {}, sum[kPixels] = {};
+  accumulate(s, task, x, codes, acc, sum);
+  const ConvAffine::Feature scales = affine.feature(task.sample, task.feature);
+  const int row_class = s.rows.class_of(task.row);
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) {
+    const int column = min_of(task.column + p, s.columns.out - 1);
+    const int64_t at =
+        affine.place(s, task.sample, row_class, s.columns.class_of(column)) + task.feature;
+    results[p] = affine_result(acc[p], (float)sum[p], scales.acc_scale, scales.sx_scale,
+                               affine.constant[at]);
+  }
 }
 
 template <int kBits>
@@ -111,35 +139,61 @@ QMIR_DEVICE void depthwise(const int8_t* x, const uint8_t* weight, const ConvAff
   const Task task(s, blocks);
   unpack<kBits>(weight, task.feature, s.taps(), codes);
   if (!task.some) return;
-  int32_t acc[kPixels] = {}, sum[kPixels] = {};
-  accumulate(s, task, x, codes, acc, sum);
-  const ConvAffine::Feature scales = affine.feature(task.sample, task.feature);
-  const int row_class = s.rows.class_of(task.row);
   float results[kPixels];
-#pragma unroll
-  for (int p = 0; p < kPixels; ++p) {
-    const int column = min_of(task.column + p, s.columns.out - 1);
-    const int64_t at =
-        affine.place(s, task.sample, row_class, s.columns.class_of(column)) + task.feature;
-    results[p] = affine_result(acc[p], (float)sum[p], scales.acc_scale, scales.sx_scale,
-                               affine.constant[at]);
+  compute(s, task, x, codes, affine, results);
+  write(s, task, end, Exact{end.end}, results, y);
+}
+
+template <int kBits>
+QMIR_DEVICE void depthwise_kept(const int8_t* x, const uint8_t* weight, const ConvAffine& affine,
+                                const ConvEnd& end, const ConvShape& s, int blocks,
+                                const PartsRoom& room, float* y) {
+  QMIR_DYNAMIC_SHARED(int8_t, codes);
+  __shared__ TilePart scratch[kThreads / kWarp];
+  __shared__ float pivot;
+  const Task task(s, blocks);
+  unpack<kBits>(weight, task.feature, s.taps(), codes);
+  float results[kPixels] = {};
+  if (task.some) {
+    compute(s, task, x, codes, affine, results);
+    write(s, task, end, end.end, results, y);
   }
-  write(s, task, end, results, y);
+  if (!room.wanted()) return;
+#pragma unroll
+  for (int p = 0; p < kPixels; ++p) results[p] = room.shifted(results[p], task.feature);
+  if (threadIdx.x == 0) pivot = results[0];
+  __syncthreads();
+  const int count = task.some ? min_of(s.columns.out - task.column, kPixels) : 0;
+  const auto value = [&](int p, float& y) {
+    y = results[p];
+    return p < count;
+  };
+  const TilePart part =
+      block_part<kThreads / kWarp>(thread_part<kPixels>(value, pivot), scratch);
+  if (threadIdx.x == 0) *room.at(task.sample, task.feature, blockIdx.x % blocks) = part;
 }
 
 }  // namespace
 
 // `blocks` of them for each feature of each sample; one byte of dynamic shared memory for each tap.
-#define QMIR_DEPTHWISE(bits)                                                                  \
-  extern "C" __global__ void __launch_bounds__(128)                                           \
-      qmir_conv2d_depthwise_w##bits(const int8_t* x, const uint8_t* weight, QMIR_CONV_AFFINE, \
-                                    QMIR_CONV_END, QMIR_CONV_SIZES, int blocks, float* y) {   \
-    depthwise<bits>(x, weight, QMIR_CONV_AFFINE_OF, QMIR_CONV_END_OF, QMIR_CONV_SHAPE,        \
-                    blocks, y);                                                               \
-  }                                                                                           \
-  extern "C" __global__ void __launch_bounds__(128) qmir_conv2d_depthwise_acc_w##bits(        \
-      const int8_t* x, const uint8_t* weight, QMIR_CONV_SIZES, int blocks, int32_t* y) {      \
-    depthwise_acc<bits>(x, weight, QMIR_CONV_SHAPE, blocks, y);                               \
+// The first kernel knows no activation but relu; the second one keeps statistics of each block where
+// `parts` is not null.
+#define QMIR_DEPTHWISE(bits)                                                                      \
+  extern "C" __global__ void __launch_bounds__(128)                                               \
+      qmir_conv2d_depthwise_w##bits(const int8_t* x, const uint8_t* weight, QMIR_CONV_AFFINE,     \
+                                    QMIR_CONV_END, QMIR_CONV_SIZES, int blocks, float* y) {       \
+    depthwise<bits>(x, weight, QMIR_CONV_AFFINE_OF, QMIR_CONV_END_OF, QMIR_CONV_SHAPE, blocks,    \
+                    y);                                                                           \
+  }                                                                                               \
+  extern "C" __global__ void __launch_bounds__(128) qmir_conv2d_depthwise_kept_w##bits(           \
+      const int8_t* x, const uint8_t* weight, QMIR_CONV_AFFINE, QMIR_CONV_END, QMIR_CONV_SIZES,   \
+      int blocks, QMIR_PARTS_ROOM, float* y) {                                                    \
+    depthwise_kept<bits>(x, weight, QMIR_CONV_AFFINE_OF, QMIR_CONV_END_OF, QMIR_CONV_SHAPE,       \
+                         blocks, QMIR_PARTS_ROOM_OF, y);                                          \
+  }                                                                                               \
+  extern "C" __global__ void __launch_bounds__(128) qmir_conv2d_depthwise_acc_w##bits(            \
+      const int8_t* x, const uint8_t* weight, QMIR_CONV_SIZES, int blocks, int32_t* y) {          \
+    depthwise_acc<bits>(x, weight, QMIR_CONV_SHAPE, blocks, y);                                   \
   }
 
 QMIR_DEPTHWISE(2)

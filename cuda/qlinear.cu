@@ -4,6 +4,7 @@
 // one is on its way from memory to registers, where the weight is unpacked.
 #include "epilogue.cuh"
 #include "mma_tile.cuh"
+#include "result_tile.cuh"
 #include "row_constant.cuh"
 
 using namespace qmir;
@@ -18,6 +19,28 @@ constexpr int kRowTiles = 2, kColumnTiles = 4;  // 16 rows and 8 features each, 
 
 struct Sizes {
   int64_t rows, inputs, features;
+};
+
+// Where a block works: from a row and a feature on, before row `end`.
+struct Corner {
+  int64_t row, end, feature;
+
+  QMIR_DEVICE explicit Corner(const Sizes& sizes)
+      : row(blockIdx.x / across(sizes) * kTile),
+        end(sizes.rows),
+        feature(blockIdx.x % across(sizes) * kTile) {}
+
+  // Tiles begin anew with each sample; this is tile `at` of `tiles` of each.
+  QMIR_DEVICE Corner(const Sizes& sizes, int64_t rows_per_sample, int64_t tiles)
+      : feature(blockIdx.x % across(sizes) * kTile) {
+    const int64_t at = blockIdx.x / across(sizes), first = at / tiles * rows_per_sample;
+    row = first + at % tiles * kTile;
+    end = first + rows_per_sample;
+  }
+
+  QMIR_DEVICE static int64_t across(const Sizes& sizes) {
+    return (sizes.features + kTile - 1) / kTile;
+  }
 };
 
 // What a thread brings of the next step: octets [first, first + kPart) of one row of each operand.
@@ -49,8 +72,8 @@ struct Stage {
   }
 
   QMIR_DEVICE void load(const Stream& x_stream, const Stream& w_stream, const Sizes& sizes,
-                        int bits, int64_t row, int64_t feature, int64_t k) {
-    if (row < sizes.rows) {
+                        int bits, int64_t row, int64_t end, int64_t feature, int64_t k) {
+    if (row < end) {
       load_row(x_stream, row, k, sizes.inputs);
     } else {
 #pragma unroll
@@ -82,17 +105,12 @@ template <class Codes>
 struct Tiles {
   Octet x[2][kTile * kStepOctets];
   Codes weight[2][kTile * kStepOctets];
-  int32_t x_sum[kTile], weight_sum[kTile];
 };
 
-struct Corner {
-  int64_t row, feature;
+// Of the codes of the tile's rows and features.
+struct CodeSums {
+  int32_t x[kTile], weight[kTile];
 };
-
-QMIR_DEVICE Corner corner_of(const Sizes& sizes) {
-  const int64_t across = (sizes.features + kTile - 1) / kTile;
-  return {blockIdx.x / across * kTile, blockIdx.x % across * kTile};
-}
 
 // Where the lanes of a warp stand in the tile: d[0], d[1] of product (i, j) belong to row
 // row + 16 * i and features column + 8 * j and the next one; d[2], d[3] to row + 8.
@@ -122,14 +140,14 @@ QMIR_DEVICE void multiply_step(int32_t (&acc)[kRowTiles * kColumnTiles][4], cons
   }
 }
 
-// The sums of products of the block's tile, and the sums of both operands' codes into `tiles`.
+// The sums of products of the block's tile, and those of both operands' codes.
 template <class Codes>
 QMIR_DEVICE void multiply(int32_t (&acc)[kRowTiles * kColumnTiles][4], Tiles<Codes>& tiles,
-                          const int8_t* x, const uint8_t* weight, int bits, const Sizes& sizes) {
+                          CodeSums& sums, const int8_t* x, const uint8_t* weight, int bits,
+                          const Sizes& sizes, const Corner& corner) {
   const Stream x_stream{reinterpret_cast<const uint8_t*>(x), sizes.rows * sizes.inputs};
   const Stream w_stream{weight, (sizes.features * sizes.inputs * bits + 7) / 8};
   const int row = threadIdx.x / 2, first = threadIdx.x % 2 * kPart;
-  const Corner corner = corner_of(sizes);
   const Lane lane;
   Precision<Codes> precision;
   Stage<Codes> stage;
@@ -142,8 +160,8 @@ QMIR_DEVICE void multiply(int32_t (&acc)[kRowTiles * kColumnTiles][4], Tiles<Cod
       precision.meet(stage.beyond, acc);
     }
     if (k + kStepCodes < sizes.inputs)
-      stage.load(x_stream, w_stream, sizes, bits, corner.row + row, corner.feature + row,
-                 k + kStepCodes + 8 * first);
+      stage.load(x_stream, w_stream, sizes, bits, corner.row + row, corner.end,
+                 corner.feature + row, k + kStepCodes + 8 * first);
     if (k >= 0)
       multiply_step(acc, tiles.x[buffer], tiles.weight[buffer], lane, precision.narrow,
                     sizes.inputs - k > kStepCodes / 2 ? 2 : 1);
@@ -155,23 +173,22 @@ QMIR_DEVICE void multiply(int32_t (&acc)[kRowTiles * kColumnTiles][4], Tiles<Cod
   const int32_t x_sum = stage.x_sum + __shfl_xor_sync(kAllLanes, stage.x_sum, 1);
   const int32_t w_sum = stage.weight_sum + __shfl_xor_sync(kAllLanes, stage.weight_sum, 1);
   if (first == 0) {
-    tiles.x_sum[row] = x_sum;
-    tiles.weight_sum[row] = w_sum >> kWidenedBits<Codes>;
+    sums.x[row] = x_sum;
+    sums.weight[row] = w_sum >> kWidenedBits<Codes>;
   }
 }
 
 // Writes a tile: value.row(row in the tile, first feature of the lane)(i, sum of products) is
 // result i of a row and a lane, which value.finish(result, place in y, feature) completes.
 template <class T, class Value>
-QMIR_DEVICE void write(const int32_t (&acc)[kRowTiles * kColumnTiles][4], const Sizes& sizes, T* y,
-                       const Value& value) {
+QMIR_DEVICE void write(const int32_t (&acc)[kRowTiles * kColumnTiles][4], const Sizes& sizes,
+                       const Corner& corner, T* y, const Value& value) {
   using Pair = decltype(pair_of(T{}, T{}));
   const Lane lane;
-  const Corner corner = corner_of(sizes);
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     const int r = lane.row + 8 * i + lane.group;
-    if (corner.row + r >= sizes.rows) continue;
+    if (corner.row + r >= corner.end) continue;
     const auto at_row = value.row(r, lane.column + 2 * lane.rank);
     const int64_t line = (corner.row + r) * sizes.features;
 #pragma unroll
@@ -189,6 +206,23 @@ QMIR_DEVICE void write(const int32_t (&acc)[kRowTiles * kColumnTiles][4], const 
         if (left > 1) y[line + c + 1] = second;
       }
     }
+  }
+}
+
+// The same into shared memory, and not completed.
+template <class Value>
+QMIR_DEVICE void keep(const int32_t (&acc)[kRowTiles * kColumnTiles][4], const Corner& corner,
+                      const ResultTile& tile, const Value& value) {
+  const Lane lane;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int r = lane.row + 8 * i + lane.group;
+    if (corner.row + r >= corner.end) continue;
+    const auto at_row = value.row(r, lane.column + 2 * lane.rank);
+#pragma unroll
+    for (int j = 0; j < 2 * kColumnTiles; ++j)
+      tile.at(r, lane.column + j / 2 * 8 + 2 * lane.rank + j % 2) =
+          at_row(j, acc[i / 2 * kColumnTiles + j / 2][i % 2 * 2 + j % 2]);
   }
 }
 
@@ -221,14 +255,14 @@ struct Features {
 
 class Affine {
  public:
-  QMIR_DEVICE Affine(const Operands& in, const Sizes& sizes, const int32_t* x_sum,
-                     const int32_t* weight_sum, Features& features)
-      : in_(in), x_sum_(x_sum), features_(features) {
-    first_row_ = corner_of(sizes).row;
-    const int64_t last = min_of(first_row_ + kTile, sizes.rows) - 1;
+  QMIR_DEVICE Affine(const Operands& in, const Sizes& sizes, const Corner& corner,
+                     const CodeSums& sums, Features& features)
+      : in_(in), x_sum_(sums.x), features_(features), first_row_(corner.row) {
+    const int64_t last = min_of(first_row_ + kTile, corner.end) - 1;
     group_ = first_row_ / in.rows_per_group;
     one_group_ = last / in.rows_per_group == group_;
-    if (threadIdx.x < kTile) describe(threadIdx.x, sizes, weight_sum[threadIdx.x]);
+    if (threadIdx.x < kTile)
+      describe(threadIdx.x, corner.feature + threadIdx.x, sizes, sums.weight[threadIdx.x]);
     __syncthreads();
   }
 
@@ -244,7 +278,7 @@ class Affine {
   };
 
   QMIR_DEVICE float finish(float y, int64_t at, int64_t feature) const {
-    return in_.end(y, at, feature);
+    return in_.end.exact(y, at, feature);
   }
 
   QMIR_DEVICE Row row(int r, int column) const {
@@ -264,8 +298,7 @@ class Affine {
   int64_t first_row_, group_;
   bool one_group_;
 
-  QMIR_DEVICE void describe(int c, const Sizes& sizes, int32_t sum) {
-    const int64_t feature = corner_of(sizes).feature + c;
+  QMIR_DEVICE void describe(int c, int64_t feature, const Sizes& sizes, int32_t sum) {
     // Beyond the last feature: a constant that is never in doubt.
     RowConstant found = row_constant(0, 0, 0.0f, 0.0f, 1.0f);
     if (feature < sizes.features)
@@ -311,50 +344,93 @@ template <class Codes>
 QMIR_DEVICE void linear_acc(const int8_t* x, const uint8_t* weight, int bits, const Sizes& sizes,
                             int32_t* y) {
   __shared__ Tiles<Codes> tiles;
+  __shared__ CodeSums sums;
+  const Corner corner(sizes);
   int32_t acc[kRowTiles * kColumnTiles][4] = {};
-  multiply(acc, tiles, x, weight, bits, sizes);
-  write(acc, sizes, y, Accumulators{});
+  multiply(acc, tiles, sums, x, weight, bits, sizes, corner);
+  write(acc, sizes, corner, y, Accumulators{});
 }
 
 template <class Codes>
 QMIR_DEVICE void linear(const int8_t* x, const uint8_t* weight, int bits, const Operands& operands,
                         const Sizes& sizes, float* y) {
   __shared__ Tiles<Codes> tiles;
+  __shared__ CodeSums sums;
   __shared__ Features features;
+  const Corner corner(sizes);
   int32_t acc[kRowTiles * kColumnTiles][4] = {};
-  multiply(acc, tiles, x, weight, bits, sizes);
+  multiply(acc, tiles, sums, x, weight, bits, sizes, corner);
   __syncthreads();
-  const Affine affine(operands, sizes, tiles.x_sum, tiles.weight_sum, features);
-  write(acc, sizes, y, affine);
+  const Affine affine(operands, sizes, corner, sums, features);
+  write(acc, sizes, corner, y, affine);
+}
+
+// Results take the place of the operands' tiles, which nothing needs any more.
+template <class Codes>
+union TilesThenResults {
+  Tiles<Codes> tiles;
+  float results[kTile * ResultTile::kPitch];
+};
+
+template <class Codes>
+QMIR_DEVICE void linear_kept(const int8_t* x, const uint8_t* weight, int bits,
+                             const Operands& operands, const Sizes& sizes, int64_t rows_per_sample,
+                             const PartsRoom& room, float* y) {
+  __shared__ TilesThenResults<Codes> memory;
+  __shared__ CodeSums sums;
+  __shared__ Features features;
+  const Corner corner(sizes, rows_per_sample, room.tiles);
+  int32_t acc[kRowTiles * kColumnTiles][4] = {};
+  multiply(acc, memory.tiles, sums, x, weight, bits, sizes, corner);
+  __syncthreads();
+  const ResultTile tile{memory.results};
+  keep(acc, corner, tile, Affine(operands, sizes, corner, sums, features));
+  const int rows = (int)min_of<int64_t>(corner.end - corner.row, kTile);
+  const int channels = (int)min_of<int64_t>(sizes.features - corner.feature, kTile);
+  const auto some = [rows](int row) { return row < rows; };
+  const auto place = [&](int row, int channel) -> int64_t {
+    if (row >= rows || channel >= channels) return -1;
+    return (corner.row + row) * sizes.features + corner.feature + channel;
+  };
+  const int64_t at = blockIdx.x / Corner::across(sizes);
+  finish_tile(tile, false, (int)corner.feature, channels, operands.end, room,
+              room.at(at / room.tiles, corner.feature, at % room.tiles), place, some, y);
 }
 
 }  // namespace
 
+#define QMIR_LINEAR_OPERANDS                                                                     \
+  const int8_t *x, const float *x_step, const float *x_shift, const uint8_t *weight,             \
+      const float *w_step, const float *w_shift, const float *bias, const float *residual,       \
+      const float *residual_scale, int bits, int64_t rows, int64_t rows_per_group,               \
+      int64_t inputs, int64_t features, int64_t w_steps, int64_t w_shifts, int activation
+
+#define QMIR_LINEAR_OPERANDS_OF                                                        \
+  Operands {                                                                           \
+    x_step, x_shift, w_step, w_shift, bias, rows_per_group, w_steps, w_shifts, {       \
+      residual, residual_scale, (Activation)activation                                 \
+    }                                                                                  \
+  }
+
 // One block for each tile, features first. Weight codes have `bits` bits: 8, or 2 or 4 for the
 // kernels of nibbles. w_steps and w_shifts are 1 or `features`; bias, residual and residual_scale
-// may be null; row r of x belongs to the group r / rows_per_group.
-#define QMIR_LINEAR(name, Codes)                                                                   \
-  extern "C" __global__ void __launch_bounds__(128, 5) qmir_linear_##name(                         \
-      const int8_t* x, const float* x_step, const float* x_shift, const uint8_t* weight,           \
-      const float* w_step, const float* w_shift, const float* bias, const float* residual,         \
-      const float* residual_scale, int bits, int64_t rows, int64_t rows_per_group, int64_t inputs, \
-      int64_t features, int64_t w_steps, int64_t w_shifts, int activation, float* y) {             \
-    linear<Codes>(x, weight, bits,                                                                 \
-                  {x_step,                                                                         \
-                   x_shift,                                                                        \
-                   w_step,                                                                         \
-                   w_shift,                                                                        \
-                   bias,                                                                           \
-                   rows_per_group,                                                                 \
-                   w_steps,                                                                        \
-                   w_shifts,                                                                       \
-                   {residual, residual_scale, (Activation)activation}},                       \
-                  {rows, inputs, features}, y);                                                    \
-  }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(128, 5)                                             \
-      qmir_linear_acc_##name(const int8_t* x, const uint8_t* weight, int bits, int64_t rows,       \
-                             int64_t inputs, int64_t features, int32_t* y) {                       \
-    linear_acc<Codes>(x, weight, bits, {rows, inputs, features}, y);                               \
+// may be null; row r of x belongs to the group r / rows_per_group. The first kernel knows no
+// activation but relu. The second one has `result_tiles` tiles for each rows_per_sample rows, whose
+// statistics it keeps where `parts` is not null.
+#define QMIR_LINEAR(name, Codes)                                                                 \
+  extern "C" __global__ void __launch_bounds__(128, 5)                                           \
+      qmir_linear_##name(QMIR_LINEAR_OPERANDS, float* y) {                                       \
+    linear<Codes>(x, weight, bits, QMIR_LINEAR_OPERANDS_OF, {rows, inputs, features}, y);        \
+  }                                                                                              \
+  extern "C" __global__ void __launch_bounds__(128, 5) qmir_linear_kept_##name(                  \
+      QMIR_LINEAR_OPERANDS, int64_t rows_per_sample, QMIR_PARTS_ROOM, float* y) {                \
+    linear_kept<Codes>(x, weight, bits, QMIR_LINEAR_OPERANDS_OF, {rows, inputs, features},       \
+                       rows_per_sample, QMIR_PARTS_ROOM_OF, y);                                  \
+  }                                                                                              \
+  extern "C" __global__ void __launch_bounds__(128, 5)                                           \
+      qmir_linear_acc_##name(const int8_t* x, const uint8_t* weight, int bits, int64_t rows,     \
+                             int64_t inputs, int64_t features, int32_t* y) {                     \
+    linear_acc<Codes>(x, weight, bits, {rows, inputs, features}, y);                             \
   }
 
 QMIR_LINEAR(w4, Nibbles)

@@ -1,4 +1,4 @@
-"""Launchers of `qmir::chain_quantize` (cuda/chain_quantize.cu, and cuda/dls.cu for its parts).
+"""Launchers of `qmir::chain_quantize` (cuda/chain_quantize.cu; cuda/dls.cu, cuda/moments.cu).
 
 Bytes moved for each value, with a gate in brackets; 4 a float, 1 a code:
 
@@ -7,6 +7,8 @@ Bytes moved for each value, with a gate in brackets; 4 a float, 1 a code:
 | a step for each token | everything in one | 5 (+4) |
 | no norm, memory in the order of the codes | sums of chunks, steps, codes | 9 (+8) |
 | everything else | values in the order of the codes, sums of chunks, steps, codes | 17 (+4) |
+| moments given, memory in the order of the codes | steps, codes | 5 |
+| moments given, any other memory | steps, codes of tiles | 5 |
 
 The separate operators move 8 for each of norm, activation, gate (+4), channel shift and copy of a
 permuted tensor, and 9 for the quantizer. What no kernel knows runs the reference on the device:
@@ -15,7 +17,7 @@ other types than float32, channels neither second nor last, and norms over more 
 As in backend/cuda/dls.py, a group that holds NaN or infinity gets NaN as its step and shift.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from qmir_ao.backend.cuda.dls import (
     launch_finish,
 )
 from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, check_device, dense
+from qmir_ao.backend.cuda.moments import launch_steps
 from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared
 from qmir_ao.ops._activations import ACTIVATION_NUMBERS
 from qmir_ao.ops._affine import code_dtype
@@ -55,7 +58,7 @@ def _tile(channels: int) -> tuple[int, int]:
 
 
 # For the table of kernels: tiles of 60 channels, the width of the light network.
-for _kernel in ("tokens", "values"):
+for _kernel in ("tokens", "values", "tile_codes"):
     declare_shared(f"qmir_chain_{_kernel}", {}, _tile(60)[1])
 
 
@@ -131,23 +134,58 @@ def _in_place(launch: Launcher, chain: ChainArgs, layout: Layout) -> Result:
     return codes, step, shift
 
 
+class _Tiles(NamedTuple):
+    """How a tensor is cut into tiles where memory does not follow the order of the codes."""
+
+    tokens: int
+    rows: int
+    width: int
+    shared: int
+    grid: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, chain: ChainArgs, layout: Layout) -> "_Tiles":
+        batch, channels, pixels = layout.size
+        width = channels if chain.norm_eps is not None else min(channels, WIDTH)
+        rows, shared = _tile(width)
+        tokens = batch * pixels
+        blocks = ceil_div(tokens, rows) * ceil_div(channels, width)
+        return cls(tokens, rows, width, shared, (blocks, 1, 1))
+
+
 def _values(launch: Launcher, chain: ChainArgs, layout: Layout) -> Tensor:
     """What is quantized, in the order of its codes."""
-    batch, channels, pixels = layout.size
     y = torch.empty(chain.size, dtype=torch.float32, device=chain.x.device)
-    width = channels if chain.norm_eps is not None else min(channels, WIDTH)
-    rows, shared = _tile(width)
-    tokens = batch * pixels
+    tiles = _Tiles.of(chain, layout)
     launch(
         OP,
         "qmir_chain_values",
-        (ceil_div(tokens, rows) * ceil_div(channels, width), 1, 1),
+        tiles.grid,
         (SUM_THREADS, 1, 1),
-        (*_operands(chain, layout), y, int(layout.channels_first), tokens, rows, width,
-         *_norm(chain)),
-        shared=shared,
-    )  # fmt: skip
+        (*_operands(chain, layout), y, int(layout.channels_first), *tiles[:3], *_norm(chain)),
+        shared=tiles.shared,
+    )
     return y
+
+
+def _from_moments(launch: Launcher, chain: ChainArgs, layout: Layout, moments: Tensor) -> Result:
+    codes, step, shift = _empty(chain)
+    groups = chain.groups
+    count, samples = codes.numel() // groups, layout.size[0] // groups
+    levels, *limits = _grid_limits(chain)
+    weights = dense(chain.scale_weights), dense(chain.shift_weights)
+    launch_steps(launch, moments, chain.moments_channels, weights, (step, shift), count, levels)
+    results = (*_operands(chain, layout), step, shift, codes, int(layout.channels_first))
+    block = SUM_THREADS, 1, 1
+    if _follows_memory(layout):
+        chunks = ceil_div(count, CHUNK)
+        args = (*results, samples, count, chunks, *limits)
+        launch(OP, "qmir_chain_codes", (groups * chunks, 1, 1), block, args)
+    else:
+        tiles = _Tiles.of(chain, layout)
+        args = (*results, *tiles[:3], samples, *limits)
+        launch(OP, "qmir_chain_tile_codes", tiles.grid, block, args, shared=tiles.shared)
+    return codes, step, shift
 
 
 @cuda_kernel(OP, chain_quantize_ref)
@@ -164,6 +202,8 @@ def launch_chain_quantize(launch: Launcher, *args: Any) -> Result:
     layout = lay_out(chain)
     if layout is None:
         return chain_quantize_ref(*args)
+    if chain.moments is not None:
+        return _from_moments(launch, chain, layout, chain.moments)
     fits = layout.size[1] <= LONGEST_ROW
     if chain.norm_eps is not None and not fits:
         return chain_quantize_ref(*args)

@@ -1,22 +1,32 @@
-"""Launchers of `qmir::conv2d` and `qmir::conv2d_acc`.
+"""Launchers of `qmir::conv2d`, `conv2d_acc` and `conv2d_moments`.
 
 One kernel arranges the weight and tabulates the constants (cuda/qconv2d_prepare.cu), one
 multiplies: on the tensor cores (cuda/qconv2d.cu), or directly where every feature reads one channel
-(cuda/qconv2d_depthwise.cu).
+(cuda/qconv2d_depthwise.cu). Statistics of the result, and activations beyond none and relu, need
+other kernels of these sources; cuda/moments.cu merges the statistics of tiles.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, check_device, dense
+from qmir_ao.backend.cuda.moments import Room, make_room, merge
 from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared
 from qmir_ao.errors import DeviceError
+from qmir_ao.ops._activations import EXACT
 from qmir_ao.ops._convolution import Geometry, check_convolution
 from qmir_ao.ops._epilogue import Epilogue, image_format
-from qmir_ao.ops.conv2d import check_conv2d, conv2d_acc_ref, conv2d_ref
+from qmir_ao.ops._moments import split_offset
+from qmir_ao.ops.conv2d import (
+    PARAMETERS,
+    check_conv2d,
+    conv2d_acc_ref,
+    conv2d_moments_ref,
+    conv2d_ref,
+)
 
 TILE = 64
 STEP = 64
@@ -26,10 +36,15 @@ MAX_WINDOW = 44 * 1024
 """Bytes of shared memory that a tile's part of the image may take; four blocks then fit an SM."""
 POSITION_BYTES = STEP + 4
 DEPTHWISE_PIXELS = 4
+RESULT_BYTES = 4 * TILE * (TILE + 1)
+"""Of a tile of results in shared memory, which takes the place of a window."""
 
 # Of a 3x3 kernel.
-for _kind in ("", "_acc"):
-    declare_shared(f"qmir_conv2d{_kind}_w", {}, 100 * POSITION_BYTES)
+for _kind in ("", "_acc", "_kept"):
+    _window = 100 * POSITION_BYTES
+    declare_shared(
+        f"qmir_conv2d{_kind}_w", {}, max(_window, RESULT_BYTES) if _kind == "_kept" else _window
+    )
     declare_shared(f"qmir_conv2d_depthwise{_kind}_w", {}, 9)
 
 
@@ -102,6 +117,14 @@ class Sizes(NamedTuple):
     def depthwise(self) -> bool:
         """Whether every feature reads one channel."""
         return self.groups == self.channels
+
+    @property
+    def tiles(self) -> int:
+        """Of each output plane."""
+        if self.depthwise:
+            return ceil_div(self.out_h * ceil_div(self.out_w, DEPTHWISE_PIXELS), BLOCK[0])
+        plan = self.plan()
+        return ceil_div(self.out_h, plan.tile_h) * ceil_div(self.out_w, plan.tile_w)
 
     @property
     def taps(self) -> int:
@@ -181,32 +204,44 @@ def _multiply(
     x: Tensor,
     weight: Tensor,
     affine: tuple[Argument, ...],
+    room: Room | None,
     y: Tensor,
 ) -> None:
-    """Start the kernel that makes `y`; `affine`, with the epilogue, is empty for accumulators."""
-    kind = "" if affine else "_acc"
+    """Start the kernel that makes `y`.
+
+    Args:
+        launch: starts the kernel.
+        sizes: of the convolution.
+        bits: container of one weight code.
+        x: codes.
+        weight: what `_prepare` made of it.
+        affine: operands of the float result and its epilogue; empty for accumulators.
+        room: for statistics, or None where a kernel that knows none will do.
+        y: where the result goes.
+    """
+    kind = "_acc" if not affine else "" if room is None else "_kept"
+    more = () if room is None else room.arguments
+    tiles = sizes.tiles
     if sizes.depthwise:
-        pixels = sizes.out_h * ceil_div(sizes.out_w, DEPTHWISE_PIXELS)
-        blocks = ceil_div(pixels, BLOCK[0])
         launch(
             "qconv2d_depthwise",
             f"qmir_conv2d_depthwise{kind}_w{bits}",
-            (sizes.batch * sizes.features * blocks, 1, 1),
+            (sizes.batch * sizes.features * tiles, 1, 1),
             BLOCK,
-            (x, weight, *affine, *sizes, blocks, y),
+            (x, weight, *affine, *sizes, tiles, *more, y),
             shared=sizes.taps,
         )
         return
     plan = sizes.plan()
-    tiles = ceil_div(sizes.out_h, plan.tile_h) * ceil_div(sizes.out_w, plan.tile_w)
     features = ceil_div(sizes.features // sizes.groups, TILE)
+    window = plan.positions * POSITION_BYTES
     launch(
         "qconv2d",
         f"qmir_conv2d{kind}_w{max(bits, 4)}",
         (sizes.batch * sizes.groups * tiles * features, 1, 1),
         BLOCK,
-        (x, weight, *affine, *sizes, plan.tile_h, plan.tile_w, plan.shared, y),
-        shared=plan.positions * POSITION_BYTES,
+        (x, weight, *affine, *sizes, plan.tile_h, plan.tile_w, plan.shared, *more, y),
+        shared=window if room is None else max(window, RESULT_BYTES),
     )
 
 
@@ -231,13 +266,14 @@ def launch_conv2d_acc(
         sizes = Sizes.of(x, geometry, out)
         operands = (dense(weight), None, None, None, None, None)
         prepared, _ = _prepare(launch, sizes, bits, operands, device)
-        _multiply(launch, sizes, bits, dense(x), prepared, (), y)
+        _multiply(launch, sizes, bits, dense(x), prepared, (), None, y)
     return y
 
 
-@cuda_kernel("conv2d", conv2d_ref)
-def launch_conv2d(
+def _run(
     launch: Launcher,
+    wants_moments: bool,
+    moments_offset: Tensor | None,
     x: Tensor,
     x_step: Tensor,
     x_shift: Tensor,
@@ -255,17 +291,18 @@ def launch_conv2d(
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
     activation: str = "none",
-) -> Tensor:
-    """Start the kernels of `qmir::conv2d`; arguments and result are those of the operator."""
+) -> tuple[Tensor, Tensor | None]:
     geometry = Geometry(bits, weight_size, stride, padding, dilation, groups)
     end = Epilogue(residual, residual_scale, activation)
     out = check_conv2d(x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset, geometry, end)
     tensors = (x, x_step, x_shift, weight, w_step, w_shift, bias, x_offset)
-    device = check_device("conv2d", *tensors, residual, residual_scale)
+    device = check_device("conv2d", *tensors, residual, residual_scale, moments_offset)
     size, layout = (x.shape[0], weight_size[0], *out), image_format(residual)
     y = torch.empty(size, dtype=torch.float32, device=device, memory_format=layout)
+    sizes = Sizes.of(x, geometry, out)
+    features, tiles = weight_size[0], sizes.tiles if y.numel() else 0
+    room = make_room("conv2d_moments", wants_moments, moments_offset, y, features, tiles)
     if y.numel():
-        sizes = Sizes.of(x, geometry, out)
         x_step, w_step, w_shift = dense(x_step), dense(w_step), dense(w_shift)
         bias, x_offset = (None if t is None else dense(t) for t in (bias, x_offset))
         operands = (dense(weight), dense(x_shift), w_step, w_shift, bias, x_offset)
@@ -276,5 +313,20 @@ def launch_conv2d(
         scale = None if residual_scale is None else dense(residual_scale)
         written = (residual, scale, end.kind, layout is torch.channels_last)
         affine = (x_step, w_step, w_shift, constant, *counts, *sizes.classes(), *written)
-        _multiply(launch, sizes, bits, dense(x), prepared, affine, y)
-    return y
+        needed = room if wants_moments or activation not in EXACT else None
+        _multiply(launch, sizes, bits, dense(x), prepared, affine, needed, y)
+    merge(launch, room)
+    return y, room.moments
+
+
+@cuda_kernel("conv2d", conv2d_ref)
+def launch_conv2d(launch: Launcher, *args: Any) -> Tensor:
+    """Start the kernels of `qmir::conv2d`; arguments and result are those of the operator."""
+    return _run(launch, False, None, *args)[0]
+
+
+@cuda_kernel("conv2d_moments", conv2d_moments_ref)
+def launch_conv2d_moments(launch: Launcher, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """Start the kernels of `qmir::conv2d_moments`; arguments and results are the operator's."""
+    own, offset = split_offset(args, PARAMETERS)
+    return _run(launch, True, offset, *own)

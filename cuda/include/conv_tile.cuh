@@ -100,9 +100,9 @@ struct ConvEnd {
 #define QMIR_CONV_END \
   const float *residual, const float *residual_scale, int activation, int channels_last
 
-#define QMIR_CONV_END_OF                                                                      \
-  ConvEnd {                                                                                   \
-    {residual, residual_scale, (Activation)activation}, channels_last != 0               \
+#define QMIR_CONV_END_OF                                                   \
+  ConvEnd {                                                                \
+    {residual, residual_scale, (Activation)activation}, channels_last != 0 \
   }
 
 }  // namespace qmir

@@ -1,60 +1,13 @@
 // Statistics of groups of activations on the device, in the order of backend/cpu/csrc/reduce.h:
 // chunks of 4096, sixteen lanes each. Both targets find the same bytes.
-//
-// Where an architecture does 64 float operations in the time of a double one, the lanes add pairs
-// of floats. Their sums are off by 2^-43 of the largest partial sum, which the statistics, rounded
-// to float, show about once in 2^18 times, by one unit. Tests choose with QMIR_FLOAT_PAIRS.
 #pragma once
 #include "dls_device.cuh"
-
-#if !defined(QMIR_FLOAT_PAIRS)
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
-#define QMIR_FLOAT_PAIRS 0
-#else
-#define QMIR_FLOAT_PAIRS 1
-#endif
-#endif
+#include "pair_sum.cuh"
 
 namespace qmir {
 
 constexpr int kChunk = 4096, kLanes = 16;
 constexpr int kThreads = 128, kHalfWarps = kThreads / kLanes;
-
-// A running sum of x - first, or of its square.
-struct DoubleSum {
-  double total = 0.0;
-
-  QMIR_DEVICE void add(float x, float first, bool squared) {
-    const double d = (double)x - (double)first;
-    total = total + (squared ? d * d : d);
-  }
-  QMIR_DEVICE double value() const {
-    return total;
-  }
-};
-
-struct PairSum {
-  float high = 0.0f, low = 0.0f;
-
-  QMIR_DEVICE void add(float x, float first, bool squared) {
-    float d = x - first;
-    const float back = d - x;
-    float rest = (x - (d - back)) - (first + back);
-    if (squared) {
-      const float square = d * d;
-      rest = fmaf(d, d, -square) + 2.0f * d * rest;
-      d = square;
-    }
-    const float sum = high + d;
-    const float added = sum - high;
-    low += ((high - (sum - added)) + (d - added)) + rest;
-    high = sum + low;
-    low -= high - sum;
-  }
-  QMIR_DEVICE double value() const {
-    return (double)high + (double)low;
-  }
-};
 
 // Sum over 16 neighbouring lanes as Sum8::total adds them, twice over.
 QMIR_DEVICE double lanes_sum(double x) {
@@ -90,8 +43,7 @@ QMIR_DEVICE void chunk_sums(const Values& at, int count, float first, double& su
   };
   if (QMIR_FLOAT_PAIRS) {
     both(lane_sum<PairSum>(at, count, first, lane, squared));
-    // Beyond these a float overflows, or the rest of a product underflows.
-    if (squares > 1e-25 && squares < 1e37) return;
+    if (pairs_hold(squares)) return;
   }
   both(lane_sum<DoubleSum>(at, count, first, lane, squared));
 }
@@ -105,7 +57,7 @@ QMIR_DEVICE void half_warp_sums(const Values& at, int count, float first, double
   if (QMIR_FLOAT_PAIRS) {
     sum = lanes_sum(lane_sum<PairSum>(at, count, first, lane, false));
     squares = lanes_sum(lane_sum<PairSum>(at, count, first, lane, true));
-    trusted = squares > 1e-25 && squares < 1e37;
+    trusted = pairs_hold(squares);
   }
   if (__all_sync(kAllLanes, trusted)) return;
   const double exact_sum = lanes_sum(lane_sum<DoubleSum>(at, count, first, lane, false));

@@ -5,6 +5,8 @@ A test that misses its tolerance is fixed in the code, not here; changing a row 
 
 import math
 
+from torch import Tensor
+
 from qmir_ao.ops.chain_quantize import ChainArgs
 
 FLOAT32_EPS = 2.0**-23
@@ -17,6 +19,35 @@ BOUNDARY_STEPS = 1e-5
 # its largest partial sum, which rounds a mean or a deviation to the float beside the right one at
 # most. Relative to a statistic; step and shift are sums of four products of them.
 PAIR_STATISTIC = FLOAT32_EPS
+
+# Moments of a channel: a thread adds up 32 deviations of a tile at most. A pair of floats rounds
+# its low part, at most 2^-24 of the sum, twice for each of them: 32 * 2 * 2^-25 * 2^-24. A double
+# rounds once. Both relative to the largest partial sum.
+PAIR_THREAD_SUM = 2.0**-43
+DOUBLE_THREAD_SUM = 32 * 2.0**-53
+
+
+def moments_error(wanted: Tensor, count: int, pairs: bool) -> tuple[Tensor, Tensor]:
+    """Largest errors of mean and squares where a kernel adds up tiles and merges them.
+
+    With the range R = high - low of n values and u the error of a thread's sum: all pivots are
+    values of the channel, so that a tile's sum is off by u * R for each value, its squares by
+    u * R^2. Moved to another pivot, at most R away, the squares take twice the error of the sum,
+    and the last subtraction, of sum * mean, takes it twice again: 5 * u * n * R^2. What is added in
+    double arithmetic after a thread's sum rounds by v = 2^-53 of at most 3 * n * R^2: tiles in one
+    lane, 5 levels of a tree, 6 products and sums of each move. With what the reference rounds this
+    is below 80 v for up to 64 tiles, for the mean below 32 v of R and 2 v of the mean itself.
+
+    Args:
+        wanted: moments (B, O, 4) in float64.
+        count: n.
+        pairs: whether threads add pairs of floats.
+    """
+    u, v = PAIR_THREAD_SUM if pairs else DOUBLE_THREAD_SUM, 2.0**-53
+    mean, _, low, high = wanted.unbind(-1)
+    extent = high - low
+    return (u + 32 * v) * extent + 2 * v * mean.abs(), (5 * u + 80 * v) * count * extent.square()
+
 
 # Share of codes that may differ between two computations of the same step: the chance that t falls
 # within BOUNDARY_STEPS of a boundary is 2 * BOUNDARY_STEPS; half of those round the same way.

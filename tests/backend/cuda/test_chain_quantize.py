@@ -14,6 +14,7 @@ from torch import Tensor
 import qmir_ao.backend.cpu.chain_quantize  # noqa: F401  (registers the kernel)
 from qmir_ao.backend.cpu.build import library
 from qmir_ao.backend.cuda.chain_quantize import LONGEST_ROW, launch_chain_quantize
+from qmir_ao.ops._moments import moments_ref
 from qmir_ao.ops.chain_quantize import (
     STATISTICS,
     ChainArgs,
@@ -203,6 +204,139 @@ def test_other_types_and_empty_tensors_run_the_reference(dtype: torch.dtype) -> 
         args = chain_arguments(x, -1, "sample", activation="silu", offset=False)
         assert same_results(launch_chain_quantize(launch, *args), chain_quantize_ref(*args))
     assert launch.launched == []
+
+
+MOMENT_WAYS = [way for way in WAYS if way[1] != "token"]
+moment_ways = pytest.mark.parametrize(("layout", "statistics"), MOMENT_WAYS)
+
+
+def with_moments(args: ChainArgs, extra: int = 0) -> ChainArgs:
+    """The same with the statistics of its channels, among `extra` others where there are some."""
+    offset = args.offset
+    found = moments_ref(args.x, None if offset is None else offset.reshape(-1), args.dim)
+    if not extra:
+        return args._replace(moments=found)
+    samples, channels, _ = found.shape
+    order = torch.randperm(channels + extra, generator=torch.Generator().manual_seed(extra))
+    all_of_them = torch.randn(samples, channels + extra, 4).double()
+    all_of_them[:, order[:channels]] = found
+    return args._replace(moments=all_of_them, moments_channels=order[:channels])
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("extra", [0, 5])
+@moment_ways
+def test_codes_from_moments_are_those_of_the_cpu(layout: str, statistics: str, extra: int) -> None:
+    """Step and shift in the bytes of the CPU kernel, which adds up in the same order."""
+    last = layout == "last"
+    for seed, size in enumerate([*SIZES, (2, 5, 41, 43)]):
+        for name, x in views(size, last).items():
+            for chain in (PLAIN, {}):
+                plain = chain_arguments(x, -1 if last else -3, statistics, **chain)
+                args = with_moments(plain, extra)
+                found = on_cuda(args, seed)
+                assert same_results(found, on_cpu(args)), (size, name)
+
+
+@pytest.mark.parametrize("channels", [127, 128, 129, 300])
+@pytest.mark.parametrize("statistics", ["sample", "tensor"])
+def test_moments_of_many_channels(statistics: str, channels: int) -> None:
+    args = with_moments(chain_arguments(torch.randn(3, 4, channels) + 1, -1, statistics), 7)
+    first = on_cuda(args)
+    assert same_results(first, on_cpu(args))
+    for seed in range(1, 4):
+        assert same_results(on_cuda(args, seed), first)
+
+
+@pytest.mark.parametrize("grid", [*DLS_RANGES, (0, 255)], ids=str)
+@moment_ways
+def test_ranges_and_the_cap_with_moments(
+    layout: str, statistics: str, grid: tuple[int, int]
+) -> None:
+    dim = -1 if layout == "last" else -3
+    for x in (torch.randn(2, 6, 5, 8), torch.randn(2, 6, 8, 5).transpose(2, 3).permute(0, 2, 1, 3)):
+        for cap in (False, True):
+            args = with_moments(chain_arguments(x, dim, statistics, grid=grid))._replace(cap=cap)
+            assert same_results(on_cuda(args, 6), on_cpu(args))
+
+
+def test_with_moments_a_tensor_is_read_once() -> None:
+    x = torch.randn(2, 6, 5, 8)
+    turned = x.permute(0, 3, 1, 2)
+    for args, codes in (
+        (chain_arguments(x, -1, "sample"), "qmir_chain_codes"),
+        (chain_arguments(x[:, 2:4], -3, "tensor"), "qmir_chain_codes"),
+        (chain_arguments(turned, -3, "sample"), "qmir_chain_tile_codes"),
+    ):
+        assert kernels(with_moments(args)) == ["qmir_moments_steps", codes]
+
+
+@pytest.mark.parametrize("channel", [-1, 11, 2**40, -(2**62)])
+def test_a_channel_that_is_none_gives_nan(channel: int) -> None:
+    args = with_moments(chain_arguments(torch.randn(3, 4, 6), -1, "sample"), 5)
+    assert args.moments_channels is not None
+    for at in (0, 3, 5):
+        chosen = args.moments_channels.clone()
+        chosen[at] = channel
+        _, step, shift = on_cuda(args._replace(moments_channels=chosen))
+        assert step.isnan().all() and shift.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@moment_ways
+def test_moments_that_are_not_finite_give_nan_in_their_group(
+    layout: str, statistics: str, bad: float
+) -> None:
+    dim = -1 if layout == "last" else -3
+    x = torch.randn(3, 4, 5, 6)
+    clean = on_cuda(with_moments(chain_arguments(x, dim, statistics)))
+    x[1, 2, 3, 4] = bad
+    found = on_cuda(with_moments(chain_arguments(x, dim, statistics)))
+    if statistics == "tensor":
+        assert found[1].isnan().all() and found[2].isnan().all()
+        return
+    assert found[1][1].isnan() and found[2][1].isnan()
+    for got, before in zip(found, clean, strict=True):
+        assert torch.equal(got[::2], before[::2])
+
+
+MOMENT_FAULTS = {
+    "channel": ("moments", "channels[i % chosen] : i", "i % chosen : i"),
+    "sample": ("moments", "(group * samples + i / chosen)", "(group * samples)"),
+    "share of a channel": ("moments", "(double)count / (double)all", "(double)count / samples"),
+    "first barrier": (
+        "moments",
+        "one.squares;\n    }\n    __syncthreads();",
+        "one.squares;\n    }",
+    ),
+    "second barrier": ("moments", "[i];\n    __syncthreads();\n  }\n  if", "[i];\n  }\n  if"),
+    "group": ("chain_quantize", "/ pixels / samples;", "/ pixels;"),
+    "grid": ("chain_quantize", "code_of(tile.row(row)[c], grids[row]);\n  });\n}", "grids[0]"),
+}
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("fault", MOMENT_FAULTS)
+def test_a_wrong_kernel_of_moments_is_noticed(fault: str, tmp_path: Path) -> None:
+    source, right, wrong = MOMENT_FAULTS[fault]
+    if fault == "grid":
+        wrong = right.replace("grids[row]", wrong)
+    other = {"moments": "chain_quantize", "chain_quantize": "moments"}[source]
+    folder = with_fault(tmp_path, source, right, wrong, other)
+    # Samples of different ranges, several of them in a tile; more channels than threads.
+    x = torch.randn(6, 5, 150) * torch.arange(1, 7)[:, None, None]
+    statistics = "tensor" if fault in ("sample", "group", "share of a channel") else "sample"
+    args = with_moments(chain_arguments(x.transpose(1, 2), -2, statistics), 5)
+    wanted = on_cpu(args)
+    assert same_results(on_cuda(args), wanted)
+
+    def differs(seed: int) -> bool:
+        try:
+            return not same_results(on_cuda(args, seed, folder), wanted)
+        except HostKernelError:
+            return True
+
+    assert any(differs(seed) for seed in range(8))
 
 
 FAULTS = {

@@ -1,19 +1,26 @@
-"""Residual and ReLU of the integer operators on CUDA, in the simulator: the reference's bytes."""
+"""Epilogues of the integer operators on CUDA, in the simulator.
+
+Residuals and relu give the reference's bytes, other activations those of the CPU kernels.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from support.convolutions import Case, operands
+from support.convolutions import NAMED, Case, operands
 from support.epilogues import END, LAYOUTS, ending, same_values
 from support.host_launcher import needs_compiler
 from support.integers import linear_operands
 from support.variants import PRODUCTS, Variant, with_fault
 
+import qmir_ao.backend.cpu.conv2d
+import qmir_ao.backend.cpu.linear  # noqa: F401  (registers the kernels)
+from qmir_ao.backend.cpu.build import library
 from qmir_ao.backend.cuda.conv2d import launch_conv2d
 from qmir_ao.backend.cuda.linear import launch_linear
 from qmir_ao.errors import DeviceError
+from qmir_ao.ops._activations import ACTIVATIONS, EXACT
 from qmir_ao.ops.conv2d import conv2d_ref
 from qmir_ao.ops.linear import linear_ref
 
@@ -60,6 +67,60 @@ def test_conv2d(case: Case, layout: str, name: str) -> None:
     assert got.stride() == wanted.stride()
 
 
+others = pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a not in EXACT])
+
+
+@others
+@variants
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("sizes", [*ROWS.values(), (130, 20, 5)], ids=str)
+def test_activations_of_linear(
+    defines: Mapping[str, int], sizes: tuple[int, int, int], activation: str
+) -> None:
+    assert library() is not None
+    rows, inputs, features = sizes
+    args, _ = linear_operands(rows, (rows, inputs), features, 4, rows % 2 == 0, True)
+    for name in ("all", "relu"):
+        end = ending(1, name, torch.Size((rows, features)), features)
+        end = end._replace(activation=activation)
+        got = launch_linear(Variant(defines, rows), *args, *end)
+        assert same_values(got, torch.ops.qmir.linear(*args, *end))
+
+
+@others
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("layout", ["rows", "channels last"])
+@pytest.mark.parametrize("case", [*CASES.values(), NAMED["stride-2-wide"]], ids=str)
+def test_activations_of_conv2d(case: Case, layout: str, activation: str) -> None:
+    case = case._replace(image=(min(case.image[0], 9), min(case.image[1], 21)))
+    args, weight = operands(5, case, 4)
+    end = ending(2, "all", conv2d_ref(*args).shape, weight.shape[0])
+    end = end._replace(residual=LAYOUTS[layout](end.residual), activation=activation)
+    wanted = torch.ops.qmir.conv2d(*args, *end)
+    got = launch_conv2d(Variant(seed=len(layout)), *args, *end)
+    assert same_values(got, wanted) and got.stride() == wanted.stride()
+    plain = end._replace(residual=None, residual_scale=None)
+    assert same_values(
+        launch_conv2d(Variant(), *args, *plain), torch.ops.qmir.conv2d(*args, *plain)
+    )
+
+
+def test_kernels_with_few_registers_are_taken_where_they_suffice() -> None:
+    rows, _ = linear_operands(1, (3, 10), 6, 4, True, True)
+    image, _ = operands(5, CASES["body"], 4)
+    planes, _ = operands(5, CASES["depthwise"], 4)
+    for activation, kind in (("none", ""), ("relu", ""), ("gelu", "_kept")):
+        launch = Variant()
+        launch_linear(launch, *rows, None, None, activation)
+        launch_conv2d(launch, *image, None, None, activation)
+        launch_conv2d(launch, *planes, None, None, activation)
+        assert [kernel for _, kernel in launch.launched] == [
+            f"qmir_linear{kind}_w4",
+            "qmir_conv2d_prepare_w4", f"qmir_conv2d{kind}_w4",
+            "qmir_conv2d_prepare_w4", f"qmir_conv2d_depthwise{kind}_w4",
+        ]  # fmt: skip
+
+
 def test_order_of_threads_does_not_matter() -> None:
     args, _ = operands(5, CASES["body"], 8)
     end = ending(2, "all", conv2d_ref(*args).shape, 66)
@@ -67,14 +128,18 @@ def test_order_of_threads_does_not_matter() -> None:
     first = launch_conv2d(Variant(), *args, *end)
     for seed in range(1, 4):
         assert same_values(launch_conv2d(Variant(seed=seed), *args, *end), first)
+    smooth = end._replace(activation="silu")
+    first = launch_conv2d(Variant(), *args, *smooth)
+    for seed in range(1, 4):
+        assert same_values(launch_conv2d(Variant(seed=seed), *args, *smooth), first)
 
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
         ("return other * factor + y;", "return other + y * factor;"),
-        ("return lane_max(0.0f, y);", "return y;"),
-        ("residual[at], scale[channel]", "residual[at], scale[0]"),
+        ("return lane_max(F{}, x);", "return x;"),
+        ("add_scaled(y, other, scale[channel])", "add_scaled(y, other, scale[0])"),
     ],
 )
 def test_a_fault_is_noticed(tmp_path: Path, right: str, wrong: str) -> None:

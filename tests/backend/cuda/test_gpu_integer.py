@@ -1,4 +1,4 @@
-"""Integer kernels on a real GPU: the bytes of the references."""
+"""Integer kernels on a real GPU: the bytes of the references, or of the CPU kernels."""
 
 from typing import Any
 
@@ -13,9 +13,12 @@ from support.convolutions import NAMED, offsets, operands
 from support.epilogues import END, LAYOUTS, ending, same_values
 from support.gpu import moved, needs_gpu
 from support.integers import linear_operands, same_bytes
+from support.moments import assert_moments
 from support.tolerances import BOUNDARY_STEPS, PAIR_STATISTIC, chain_grid
 
 import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
+from qmir_ao.ops._activations import ACTIVATIONS, EXACT
+from qmir_ao.ops._moments import moments_ref
 from qmir_ao.ops.chain_quantize import STATISTICS, ChainArgs, chain_values
 from qmir_ao.ops.conv2d import conv2d_acc_ref, conv2d_ref
 from qmir_ao.ops.linear import linear_acc_ref, linear_ref
@@ -23,6 +26,11 @@ from qmir_ao.ops.pack import pack_ref
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 QMIR = torch.ops.qmir
+
+
+def adds_doubles() -> bool:
+    """Whether kernels add up in double arithmetic here."""
+    return torch.cuda.get_device_capability() in ((8, 0), (9, 0), (10, 0))
 
 
 def same(operator: Any, reference: Any, args: tuple) -> bool:
@@ -69,6 +77,84 @@ def test_residuals_and_activations(name: str, layout: str, end: str) -> None:
     assert same_values(got.cpu(), linear_ref(*rows, *epilogue))
 
 
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a not in EXACT])
+@pytest.mark.parametrize("layout", ["rows", "channels last"])
+@pytest.mark.parametrize("name", ["body-3x3", "pointwise", "depthwise"])
+def test_other_activations(name: str, layout: str, activation: str) -> None:
+    """The bytes of the CPU kernels."""
+    args, weight = operands(11, NAMED[name], 4)
+    end = ending(1, "all", conv2d_ref(*args).shape, weight.shape[0])
+    end = end._replace(residual=LAYOUTS[layout](end.residual), activation=activation)
+    got = QMIR.conv2d(*moved((*args, *end), "cuda"))
+    assert same_values(got.cpu(), QMIR.conv2d(*args, *end))
+    rows, _ = linear_operands(7, (70, 60), 66, 4, True, True)
+    end = ending(1, "all", torch.Size((70, 66)), 66)._replace(activation=activation)
+    got = QMIR.linear(*moved((*rows, *end), "cuda"))
+    assert same_values(got.cpu(), QMIR.linear(*rows, *end))
+
+
+def assert_moments_beside(operator: Any, plain: Any, args: tuple, offset: Any, dim: int) -> None:
+    """Results as without moments, moments of them, and the same bytes in a second run."""
+    given = moved((*args, None, None, "none", offset), "cuda")
+    y, found = (t.cpu() for t in operator(*given))
+    assert same_bytes(y, plain(*moved(args, "cuda")).cpu())
+    assert_moments(found, y, offset, dim, pairs=not adds_doubles())
+    assert same_bytes(operator(*given)[1].cpu(), found)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", NAMED)
+def test_conv2d_moments(name: str, bits: int) -> None:
+    args, weight = operands(11, NAMED[name], bits)
+    for offset in (None, torch.randn(weight.shape[0])):
+        assert_moments_beside(QMIR.conv2d_moments, QMIR.conv2d, args, offset, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70, 60), (2, 4, 16, 60), (9, 13), (2, 1500, 33)])
+def test_linear_moments(shape: tuple[int, ...]) -> None:
+    args, _ = linear_operands(7, shape, 66, 4, True, True)
+    for offset in (None, torch.randn(66)):
+        assert_moments_beside(QMIR.linear_moments, QMIR.linear, args, offset, -1)
+
+
+@pytest.mark.parametrize("statistics", ["sample", "tensor"])
+@pytest.mark.parametrize("size", [(3, 7, 9, 11), (2, 72, 17, 5), (1, 60, 128, 130)], ids=str)
+def test_codes_from_moments(size: tuple[int, ...], statistics: str) -> None:
+    """The CPU kernel's bytes: both add up the moments in the same order."""
+    for last in (True, False):
+        for x in views(size, last).values():
+            dim = -1 if last else -3
+            args = chain_arguments(x, dim, statistics)
+            assert args.offset is not None
+            moments = moments_ref(x, args.offset.reshape(-1), dim)
+            for chosen in (None, torch.arange(size[1]).flip(0)):
+                given = args._replace(
+                    moments=moments if chosen is None else moments.flip(1), moments_channels=chosen
+                )
+                wanted = QMIR.chain_quantize(*given)
+                found = moved(list(QMIR.chain_quantize(*moved(tuple(given), "cuda"))), "cpu")
+                assert same_results(found, wanted)
+
+
+def test_a_graph_captures_statistics_and_what_takes_them() -> None:
+    args = moved(operands(11, NAMED["body-3x3"], 4)[0], "cuda")
+    weights = moved([DLS_W, DLS_V], "cuda")
+
+    def run() -> Any:
+        y, moments = QMIR.conv2d_moments(*args)
+        chain = (None, None, None, "none", None, "none", None, *weights, -3, -8, 7, "sample", False)
+        return QMIR.chain_quantize(y, *chain, moments)
+
+    before = run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes = run()
+    args[1].mul_(1.5)
+    graph.replay()
+    wanted = run()
+    assert same_results(codes, wanted) and not torch.equal(codes[1], before[1])
+
+
 @pytest.mark.parametrize("grid", DLS_RANGES, ids=str)
 @pytest.mark.parametrize("shape", [*DLS_SHAPES, (4096, 60), (1, 66 * 4096 + 9)], ids=str)
 def test_dls(shape: tuple[int, ...], grid: tuple[int, int]) -> None:
@@ -92,7 +178,7 @@ def test_dls(shape: tuple[int, ...], grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(3, 7, 9, 11), (2, 72, 17, 5), (1, 60, 128, 130)], ids=str)
 def test_chain_quantize(size: tuple[int, ...], statistics: str, chain: str) -> None:
     """The CPU kernel's bytes where doubles are fast, elsewhere codes but at boundaries."""
-    exact = torch.cuda.get_device_capability() in ((8, 0), (9, 0), (10, 0))
+    exact = adds_doubles()
     for last in (True, False)[: 1 if statistics == "token" else 2]:
         for x in views(size, last).values():
             args = chain_arguments(x, -1 if last else -3, statistics, **CHAINS[chain])

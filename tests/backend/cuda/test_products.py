@@ -15,7 +15,7 @@ KERNELS = {"qlinear": "qmir_linear", "qconv2d": "qmir_conv2d"}
 def test_tensor_core_instructions(source: str) -> None:
     for architecture, has_narrow in (("sm_87", True), ("sm_90", False)):
         code = compile_text("12.6", sources.read(source), architecture).sass()
-        for kind in ("", "_acc"):
+        for kind in ("", "_kept", "_acc"):
             nibbles, whole = (code[f"{KERNELS[source]}{kind}_w{bits}"] for bits in (4, 8))
             # Activations may still need 8 bits.
             assert (NARROW in nibbles) is has_narrow and WIDE in nibbles

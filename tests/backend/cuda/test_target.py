@@ -94,7 +94,8 @@ def test_a_network_of_the_zoo_runs_on_the_kernels() -> None:
     with torch.no_grad():
         got = OnKernels(cuda.graph_module, launch).run(x)
     assert psnr(got, cpu(x)) >= END_TO_END_PSNR[4]
-    assert {"qlinear", "ss2d_scan_q", "chain_quantize"} <= {source for source, _ in launch.launched}
+    used = {source for source, _ in launch.launched}
+    assert {"qlinear", "ss2d_scan_q", "chain_quantize", "moments"} <= used
 
 
 def test_without_a_gpu_the_target_refuses_before_it_works(monkeypatch: Any) -> None:
