@@ -159,7 +159,8 @@ def _reordered(view: View, order: Sequence[int]) -> View | None:
 
 
 def _sliced(node: Node, view: View, known: Known) -> View | None:
-    _, dim, start, end, step = (*arguments(node), *(0, None, None, 1)[len(node.args) - 1 :])
+    given: tuple[Any, ...] = (*arguments(node), *(0, None, None, 1)[len(node.args) - 1 :])
+    _, dim, start, end, step = given
     start, end = 0 if start is None else start, sys.maxsize if end is None else end
     if not all(isinstance(n, int) for n in (dim, start, end, step)):
         return None
@@ -228,12 +229,13 @@ def _flattened(node: Node, view: View, known: Known) -> View | None:
     dims = (*view.dims[:first], view.dims[first], *view.dims[last + 1 :])
     if counted == {POSITIONS}:
         return View(dims, view.channels)
-    axis = view.axis(first)
+    axis = view.dims[:first].count(CHANNELS)
     return View(dims, view.channels.flatten(axis, axis + last - first))
 
 
 def _reshaped(node: Node, view: View, known: Known) -> View | None:
-    before, after = known.sizes.get(node.args[0]), known.sizes.get(node)  # type: ignore[call-overload]
+    source: Any = node.args[0]
+    before, after = known.sizes.get(source), known.sizes.get(node)
     if after is None or (before is not None and before[0] != after[0]):
         return None
     if before is None and not _takes_samples(node, after):
@@ -256,7 +258,7 @@ def _reshaped(node: Node, view: View, known: Known) -> View | None:
 
 def _takes_samples(node: Node, after: Sequence[Any]) -> bool:
     """Whether the first size of a reshape is read off its operand, whose sizes are unknown."""
-    return after[0] == (node.args[0], 0)
+    return bool(after[0] == (node.args[0], 0))
 
 
 def _factors(sizes: Sequence[Any], count: int) -> tuple[int, ...] | None:

@@ -137,7 +137,8 @@ def _offset(graph_module: GraphModule, args: ChainArgs, view: View) -> Tensor | 
     """What is added to each channel of a view, in its order; None where that is unknown."""
     if args.offset is None:
         return torch.zeros(view.channels.shape)
-    shift = attribute(graph_module, str(_node(args.offset).target)).detach().float().reshape(-1)
+    given: Tensor = attribute(graph_module, str(_node(args.offset).target))
+    shift = given.detach().float().reshape(-1)
     if shift.numel() == 1:
         return shift.expand(view.channels.shape)
     axis = view.axis(args.dim)
