@@ -1,8 +1,9 @@
 // Selective scan of quantized operands over images: table, end state of each chunk, states carried
-// from chunk to chunk, outputs of each chunk; then the sum of the four directions. See
-// scan_q_chunks.cuh. Compiled for QMIR_STATES states, QMIR_TABLE 1 where the decays are a table,
+// from chunk to chunk, outputs of each chunk; then the sum of the four directions, also with
+// statistics of it. See scan_q_chunks.cuh. Compiled for QMIR_STATES states, QMIR_TABLE 1 where the decays are a table,
 // QMIR_WARPS warps.
 #include "scan_merge.cuh"
+#include "scan_merge_tile.cuh"
 #include "scan_q_chunks.cuh"
 
 constexpr bool kImage = true;
@@ -34,4 +35,12 @@ extern "C" __global__ void __launch_bounds__(32 * QMIR_WARPS, QMIR_STATES <= 16 
 extern "C" __global__ void __launch_bounds__(256)
     qmir_ss2d_scan_q_merge(const float* parts, float* y, long long batch, long long plane) {
   qmir::merge_directions(parts, y, batch, plane);
+}
+
+// A tile of 1024 pixels of one channel for each block, which leaves a part of its statistics.
+extern "C" __global__ void __launch_bounds__(128)
+    qmir_ss2d_scan_q_merge_kept(const float* directions, float* y, long long length,
+                                QMIR_PARTS_ROOM) {
+  using namespace qmir;
+  merge_tile<1024, 128>(directions, y, length, QMIR_PARTS_ROOM_OF);
 }

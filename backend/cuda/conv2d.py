@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, check_device, dense
+from qmir_ao.backend.cuda.launch import (
+    Argument,
+    Launcher,
+    ceil_div,
+    check_count,
+    check_device,
+    dense,
+)
 from qmir_ao.backend.cuda.moments import Room, make_room, merge
 from qmir_ao.backend.cuda.registration import cuda_kernel, declare_shared
 from qmir_ao.errors import DeviceError
@@ -111,6 +118,13 @@ class Sizes(NamedTuple):
                 f"qmir::conv2d: an image of {plane} pixels; at most 2**31 - 1 fit the kernels. "
                 "Split the image into tiles"
             )
+        for side, size, stride, pad in (
+            ("height", height, stride_h, pad_h),
+            ("width", width, stride_w, pad_w),
+        ):
+            # Positions of a tile's pixels in the padded image, those beyond the last one included.
+            what = f"an image's {side} with its padding on both ends and {TILE} strides"
+            check_count(what, size + 2 * pad + TILE * stride)
         return sizes
 
     @property

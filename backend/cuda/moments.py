@@ -1,7 +1,8 @@
 """Statistics of an operator's result from its tiles, and a quantizer's grids from them.
 
-Kernels of `qmir::linear` and `qmir::conv2d` leave a part of the statistics for each tile of their
-result (cuda/include/part_sums.cuh); the launchers here start what follows (cuda/moments.cu).
+Kernels of `qmir::linear`, `qmir::conv2d` and `qmir::ss2d_scan_q` leave a part of the statistics for
+each tile of their result (cuda/include/part_sums.cuh); the launchers here start what follows
+(cuda/moments.cu).
 
 Shape letters: B = samples, O = output channels, G = groups.
 """

@@ -14,6 +14,7 @@ from support.epilogues import END, LAYOUTS, ending, same_values
 from support.gpu import moved, needs_gpu
 from support.integers import linear_operands, same_bytes
 from support.moments import assert_moments
+from support.scans_q import IMAGES, image_operands
 from support.tolerances import BOUNDARY_STEPS, PAIR_STATISTIC, chain_grid
 
 import qmir_ao.backend.kernels  # noqa: F401  (registers the kernels)
@@ -26,6 +27,8 @@ from qmir_ao.ops.pack import pack_ref
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 QMIR = torch.ops.qmir
+NO_END = (None, None, "none")
+"""An epilogue that changes nothing."""
 
 
 def adds_doubles() -> bool:
@@ -93,9 +96,11 @@ def test_other_activations(name: str, layout: str, activation: str) -> None:
     assert same_values(got.cpu(), QMIR.linear(*rows, *end))
 
 
-def assert_moments_beside(operator: Any, plain: Any, args: tuple, offset: Any, dim: int) -> None:
+def assert_moments_beside(
+    operator: Any, plain: Any, args: tuple, offset: Any, dim: int, end: tuple = NO_END
+) -> None:
     """Results as without moments, moments of them, and the same bytes in a second run."""
-    given = moved((*args, None, None, "none", offset), "cuda")
+    given = moved((*args, *end, offset), "cuda")
     y, found = (t.cpu() for t in operator(*given))
     assert same_bytes(y, plain(*moved(args, "cuda")).cpu())
     assert_moments(found, y, offset, dim, pairs=not adds_doubles())
@@ -115,6 +120,14 @@ def test_linear_moments(shape: tuple[int, ...]) -> None:
     args, _ = linear_operands(7, shape, 66, 4, True, True)
     for offset in (None, torch.randn(66)):
         assert_moments_beside(QMIR.linear_moments, QMIR.linear, args, offset, -1)
+
+
+@pytest.mark.parametrize("size", [*IMAGES.values(), (3, 18, 10, 61, 53)], ids=str)
+def test_ss2d_scan_q_moments(size: tuple[int, ...]) -> None:
+    args = image_operands(3, size, 4)
+    for offset in (None, torch.randn(size[1])):
+        operators = QMIR.ss2d_scan_q_moments, QMIR.ss2d_scan_q
+        assert_moments_beside(*operators, tuple(args), offset, 1, end=())
 
 
 @pytest.mark.parametrize("statistics", ["sample", "tensor"])

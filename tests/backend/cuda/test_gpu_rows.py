@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import gpu, oracles, tolerances
 from support.counting_cpu import CountingCpu, mamba_module
-from support.gpu_rows import networks, products, quantizers, scans
+from support.gpu_rows import moments, networks, products, quantizers, scans
 from support.gpu_rows.rows import MAMBA, OURS, Row, Side, disagreement
 from support.gpu_rows.table import Measured, Table, memory_lines, time_lines
 from support.scans import relative_error
@@ -48,6 +48,7 @@ ROWS = {
             CPU, [(1, 6, 5, 7), (2, 6, 5, 7)], [(9, 60)], [(6, 5, 3, 3)], [(1, 9, 12)]
         ),
         *products.rows(CPU, [(9, 12, 20), (40, 60, 33)], [(6, 6, 1, 7), (6, 6, 6, 7)]),
+        *moments.rows(CPU, sides=[7]),
     )
 }
 
@@ -125,6 +126,19 @@ def test_all_sides_of_a_row_run_and_agree(work: str, with_mamba: None, few_calls
         for cold in (True, False):
             seconds = gpu.call_times(CPU, side.run, gpu.rotating(side.make, cold, CPU.cache()))
             assert len(seconds) == gpu.ROUNDS and set(seconds) == {1e-3}
+
+
+@pytest.mark.parametrize("layer", moments.LAYERS, ids=str)
+def test_statistics_leave_the_codes_alone(layer: moments.Layer) -> None:
+    (row,) = moments.rows(CPU, [layer], [9])
+    results = []
+    for side in row.sides.values():
+        torch.manual_seed(0)
+        results.append(side.run(*side.make()))
+    mine, theirs = results
+    channels = layer.features if layer.groups else layer.features // 2
+    assert mine[0].shape == (1, channels, 9, 9) and torch.equal(mine[0], theirs[0])
+    torch.testing.assert_close(mine[1:], theirs[1:], rtol=2.0**-22, atol=2.0**-22)
 
 
 def test_every_goal_has_a_row() -> None:
@@ -271,8 +285,8 @@ def test_rows_need_nothing_but_what_is_named() -> None:
     blocked = "".join(f"sys.modules[{name!r}] = None;" for name in OPTIONAL)
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}];{blocked}"
-        "from support import gpu; from support.gpu_rows import networks, products, quantizers;"
-        "from support.gpu_rows import scans, table; networks.default_model()"
+        "from support import gpu; from support.gpu_rows import moments, networks, products;"
+        "from support.gpu_rows import quantizers, scans, table; networks.default_model()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy()

@@ -71,11 +71,14 @@ def linear(rows: int, inputs: int, features: int) -> tuple[Any, ...]:
     return (codes(1, rows, inputs), *one(), weight, *one(), None, 4, features)
 
 
-def conv(x: tuple[int, ...], features: int, groups: int = 1, side: int = 3) -> tuple[Any, ...]:
+def conv(
+    x: tuple[int, ...], features: int, groups: int = 1, side: int = 3,
+    stride: tuple[int, int] = (1, 1),
+) -> tuple[Any, ...]:  # fmt: skip
     inputs = x[1] // groups
     size = [features, inputs, side, side]
     weight = empty(-(-features * inputs * side * side // 2), dtype=torch.uint8)
-    geometry = (4, size, [1, 1], [side // 2] * 2, [1, 1], groups)
+    geometry = (4, size, list(stride), [side // 2] * 2, [1, 1], groups)
     return (codes(*x), *one(), weight, *one(), None, None, *geometry)
 
 
@@ -106,7 +109,8 @@ WEIGHT = (empty(BIG // 4096, 4096), *one(), empty(16), -8)
 FIT: dict[str, list[tuple[Any, ...]]] = {
     "chain_quantize": [chain((1, BIG // 64, 64), "token"), chain((2, BIG // 64, 64), "sample")],
     "conv2d": [conv((9, 60, 2048, 2048), 60), conv((1, 1, 32768, 65535), 1),
-               conv((1, 72, 8192, 8192), 72, groups=72)],
+               conv((1, 72, 8192, 8192), 72, groups=72), conv((1, 1, 2**31 - 67, 1), 1),
+               conv((1, 1, 1, 2**31 - 65), 1, side=1)],
     "conv2d_acc": [(lambda a: (a[0], a[3], *a[8:]))(conv((9, 60, 2048, 2048), 60))],
     "dls_dequantize": [(codes(1, BIG), *one())],
     "dls_fake_quant": [fake((1, BIG)), fake((BIG // 64, 64))],
@@ -125,6 +129,7 @@ FIT: dict[str, list[tuple[Any, ...]]] = {
     "ss2d_scan": [image(72, 10, 8192, 8192)],
     "ss2d_scan_backward": [with_gradient(image(72, 10, 8192, 8192))],
     "ss2d_scan_q": [coded(image(72, 10, 8192, 8192))],
+    "ss2d_scan_q_moments": [(*coded(image(72, 10, 8192, 8192)), empty(72))],
     "unpack": [(empty(BIG // 2, dtype=torch.uint8), 4, BIG)],
 }  # fmt: skip
 # Operator: arguments that are too large, and what is said about them.
@@ -133,6 +138,10 @@ BEYOND: list[tuple[str, tuple[Any, ...], str]] = [
     ("conv2d", conv((1, BIG, 1, 1), BIG, groups=BIG, side=1), "qmir_conv2d_prepare_w4: grid"),
     ("conv2d", conv((1, 16385 * 131071, 1, 1), 16385, groups=16385, side=1), "size of 2147598335"),
     ("conv2d", conv((1, 2, 65536, 32768), 2), r"(?s)2147483648 pixels.*tiles"),
+    ("conv2d", conv((1, 1, 2**31 - 66, 1), 1), "height with its padding .* of 2147483648 is"),
+    ("conv2d", conv((1, 1, 1, 2**31 - 66), 1), "width with its padding .* of 2147483648"),
+    ("conv2d", conv((1, 1, 1, 2**31 - 64), 1, side=1), "width with its padding .* of 2147483648"),
+    ("conv2d", conv((1, 2, 9, 5), 2, stride=(1, 2**25)), "64 strides of 2147483655 is beyond"),
     ("conv2d_acc", (lambda a: (a[0], a[3], *a[8:]))(conv((BIG, 1, 1, 2), 1)), "grid|a size of"),
     ("dls_dequantize", (codes(1, 2**43), *one()), "qmir_dls_dequantize_v16: grid"),
     ("dls_fake_quant", fake((2**44, 1024)), "qmir_dls_rows_forward_f32: grid"),
@@ -153,6 +162,7 @@ BEYOND: list[tuple[str, tuple[Any, ...], str]] = [
     ("ss2d_scan", image(1, 1, 1, 2**31 - 8), "width of 2147483640 is beyond 2147483631"),
     ("ss2d_scan_backward", with_gradient(image(1, 1, 2**31, 1)), "height of 2147483648"),
     ("ss2d_scan_q", coded(image(1, 1, 2**31, 1)), "height of 2147483648 is beyond 2147483631"),
+    ("ss2d_scan_q_moments", coded(image(2**31, 1, 1, 1)), "qmir_ss2d_scan_q_merge_kept: grid"),
 ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.gpu import Gpu, Replay, call_times, needs_gpu, rotating
-from support.gpu_rows import networks, products, quantizers, scans
+from support.gpu_rows import moments, networks, products, quantizers, scans
 from support.gpu_rows.rows import Row, disagreement
 from support.gpu_rows.table import Measured, Table
 
@@ -20,7 +20,9 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 pytestmark = [pytest.mark.bench, needs_gpu]
 
 GPU = Gpu()
-TOPICS: list[Callable[[Any], Iterator[Row]]] = [scans.rows, quantizers.rows, products.rows]
+TOPICS: list[Callable[[Any], Iterator[Row]]] = [
+    scans.rows, quantizers.rows, products.rows, moments.rows,
+]  # fmt: skip
 ROWS = {row.work: row for topic in TOPICS for row in topic(GPU)}
 PAIRS = [(work, side) for work, row in ROWS.items() for side in row.sides]
 NETWORKS = {network.side: network for network in networks.networks(GPU)}
