@@ -263,7 +263,7 @@ def chain_quantize(
         quant_max: largest code; above 127 the codes are uint8.
         statistics: "sample", "token" or "tensor".
         cap: limit the step to (max - min) / levels.
-        moments: float64 (B, O, 4), what `linear_moments` or `conv2d_moments` gave with x; they
+        moments: float64 (B, O, 4), what `linear_moments`, say, gave with x; they
             stand for the statistics of x + offset, which is not read for them.
         moments_channels: int64, which of the O channels x holds, or None for all.
 
