@@ -9,6 +9,7 @@ Shape letters: B = samples, O = output channels, G = groups.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from qmir_ao.backend.cuda.launch import Argument, Launcher, ceil_div, dense
@@ -62,7 +63,8 @@ def make_room(
     check_moments_offset(op, offset, channels)
     check_some(op, y)
     moments = empty_moments(y, channels)
-    parts = moments.new_empty((*moments.shape[:2], tiles, PART_DOUBLES))
+    size = (*moments.shape[:2], tiles, PART_DOUBLES)
+    parts = torch.empty(size, dtype=torch.float64, device=y.device)
     return Room(None if offset is None else dense(offset), parts, channels, tiles, moments)
 
 

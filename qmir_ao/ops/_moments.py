@@ -56,7 +56,7 @@ def moments_ref(y: Tensor, offset: Tensor | None, dim: int) -> Tensor:
 def empty_moments(y: Tensor, features: int) -> Tensor:
     """Room for the moments of a result."""
     samples = y.shape[0] if y.dim() > 1 else 1
-    return y.new_empty((samples, features, len(COLUMNS)), dtype=torch.float64)
+    return torch.empty((samples, features, len(COLUMNS)), dtype=torch.float64, device=y.device)
 
 
 def with_moments(
