@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.ao.quantization import QConfig
+from torch.ao.quantization import QConfig, QConfigMapping
 from torch.fx import GraphModule
 
 import qmir_ao
@@ -53,7 +53,7 @@ def train_quantized(
     model: nn.Module,
     dataset: Patches,
     options: TrainOptions,
-    qconfig: QConfig,
+    qconfig: QConfig | QConfigMapping,
     *,
     placement: str = "paper",
     progress: Callable[[int, int], None] | None = None,
@@ -66,7 +66,7 @@ def train_quantized(
         model: trained float network; it stays as it is.
         dataset: patches; the first batch also initialises the quantizers.
         options: settings, see `qat_options`; with `distill` the float network is the teacher.
-        qconfig: bit widths, see `qmir_ao.get_qmir_qconfig`.
+        qconfig: bit widths, see `qmir_ao.get_qmir_qconfig`, or a mapping of several.
         placement: "paper" or "official", see `qmir_ao.prepare_qat`.
         progress: called with (done, total) after each step.
         checkpoint_dir: folder for checkpoints, see `fit`.

@@ -38,6 +38,7 @@ from qmir_ao.recipes.experiments.jobs import Job, model_folder, work_together
 from qmir_ao.recipes.experiments.methods import METHODS, get_method
 from qmir_ao.recipes.experiments.published import FLOAT
 from qmir_ao.recipes.experiments.registry import COMPARISON
+from qmir_ao.recipes.experiments.rfa_study import component_runs
 from qmir_ao.recipes.experiments.runs import Run, open_dataset, write_record
 from qmir_ao.recipes.images import atomic_write
 from qmir_ao.recipes.qat import qat_options, train_quantized
@@ -87,6 +88,10 @@ def stages(request: Request, folder: Path) -> Iterator[tuple[str, list[Run]]]:
         ablation_runs(rates[DEFAULT], WIDTHS[0], count, request.seeds[:1]),
     )
     yield f"twice as long, {WIDTHS[0]} bits", longer_runs(rates, WIDTHS[0], count)
+    yield (
+        f"RFA by component, {WIDTHS[0]} bits",
+        component_runs(rates[DEFAULT], WIDTHS[0], 2 * count, request.seeds),
+    )
 
 
 def _length(request: Request) -> int:
@@ -172,6 +177,7 @@ def measure_steps(opened: OpenBench, progress: Callable[[int, int], None]) -> No
     Nothing else should run meanwhile. They go to `steps.json` beside the records.
     """
     found, wanted = _steps(opened.folder), [(key, w) for w in WIDTHS for key in METHODS]
+    wanted += [(key, 8) for key in EIGHT_BIT_METHODS]
     dataset = open_dataset(opened.bench, opened.budget.patch)
     for place, (key, width) in enumerate(wanted):
         progress(place, len(wanted))

@@ -2,6 +2,7 @@
 
 Every method trains from the same float weights on the same patches in the same order. Its learning
 rate is the best of three on the first seed at the width in question; the other seeds use that one.
+Where a second rate has run on all seeds as well, the better mean of the two counts.
 """
 
 import json
@@ -77,6 +78,17 @@ class Cell:
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
 
+def format_cell(cell: Cell, sign: bool = False) -> str:
+    """Mean, and deviation where there are several seeds, of three digits."""
+    spread = f" ± {cell.deviation:.3f}" if len(cell.values) > 1 else ""
+    return f"{cell.mean:{'+' if sign else ''}.3f}{spread}"
+
+
+def cells_of(runs: Sequence[dict[str, Any]], score: str = "psnr_integer") -> dict[str, Cell]:
+    """Set to scores over some runs."""
+    return {name: Cell(tuple(r["sets"][name][score] for r in runs)) for name in runs[0]["sets"]}
+
+
 def search_runs(
     width: int, iterations: int = ITERATIONS, methods: Iterable[str] = tuple(METHODS)
 ) -> list[Run]:
@@ -89,16 +101,25 @@ def search_runs(
 
 
 def best_rates(records: Iterable[dict[str, Any]], width: int) -> dict[str, float]:
-    """Each method's best learning rate at a width: mean integer PSNR over the sets, first seed."""
-    best: dict[str, tuple[float, float]] = {}
-    for record in records:
-        if record["seed"] != SEEDS[0] or record["settings"] or record["weight_bits"] != width:
+    """Each method's best learning rate at a width: mean integer PSNR over the sets, first seed.
+
+    Other rates that have run on all seeds of that one compete with it on all of them.
+    """
+    scores: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in records:
+        if not r["settings"] and r["weight_bits"] == width:
+            score = fmean(s["psnr_integer"] for s in r["sets"].values())
+            scores[r["method"]][r["learning_rate"]][r["seed"]] = score
+    best = {}
+    for method, by_rate in scores.items():
+        started = {rate: seeds for rate, seeds in by_rate.items() if SEEDS[0] in seeds}
+        if not started:
             continue
-        score = fmean(s["psnr_integer"] for s in record["sets"].values())
-        key = record["method"]
-        if key not in best or score > best[key][0]:
-            best[key] = (score, record["learning_rate"])
-    return {key: rate for key, (_, rate) in best.items()}
+        first = max(started, key=lambda rate: started[rate][SEEDS[0]])
+        seeds = started[first].keys()
+        rivals = {rate: found for rate, found in started.items() if seeds <= found.keys()}
+        best[method] = max(rivals, key=lambda rate: fmean(rivals[rate][seed] for seed in seeds))
+    return best
 
 
 def best_runs(records: Iterable[dict[str, Any]], width: int) -> list[dict[str, Any]]:
@@ -247,8 +268,8 @@ def ablation_table(
             if hits:
                 whole = not any("not_lowered" in r for r in hits)
                 score = "psnr_integer" if whole else "psnr"
-                cells = {n: Cell(tuple(r["sets"][n][score] for r in hits)) for n in hits[0]["sets"]}
-                lines.append((label if whole else f"{label} (simulated: no integer form)", cells))
+                told = label if whole else f"{label} (simulated: no integer form)"
+                lines.append((told, cells_of(hits, score)))
         if lines:
             result[title] = lines
     return result

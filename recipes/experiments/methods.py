@@ -7,7 +7,12 @@ Every method has one weight step for each output channel and a searched start, u
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+from torch.ao.quantization import QConfig, QConfigMapping
+from torch.nn import functional as F
+
 from qmir_ao.errors import ConfigError
+from qmir_ao.quant.qconfig import get_qmir_qconfig
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,36 @@ def get_method(key: str) -> Method:
     if key not in METHODS:
         raise ConfigError(f"method {key!r} is unknown; allowed: {', '.join(METHODS)}")
     return METHODS[key]
+
+
+RFA_COMPONENTS: dict[str, Any] = {"linear": nn.Linear, "conv": nn.Conv2d, "scan": F.conv2d}
+"""What RFA can be limited to: layers, or a scan's projections, which are calls without a layer."""
+
+
+def build_qconfig(
+    weight_bits: int, act_bits: int, settings: dict[str, Any]
+) -> QConfig | QConfigMapping:
+    """The QConfig of a method's settings.
+
+    Args:
+        weight_bits: 2 to 8.
+        act_bits: 2 to 8.
+        settings: keyword arguments of `get_qmir_qconfig`, and `rfa_on`, the one component of
+            `RFA_COMPONENTS` whose weights RFA quantizes; the others have LSQ's.
+
+    Raises:
+        ConfigError: unknown settings.
+    """
+    settings = dict(settings)
+    component = settings.pop("rfa_on", None)
+    qconfig = get_qmir_qconfig(weight_bits, act_bits, **settings)
+    if component is None:
+        return qconfig
+    if component not in RFA_COMPONENTS:
+        raise ConfigError(f"rfa_on={component!r} is unknown; allowed: {', '.join(RFA_COMPONENTS)}")
+    others = get_qmir_qconfig(weight_bits, act_bits, **(settings | get_method("dls").settings))
+    mapping = QConfigMapping().set_global(others)
+    # A class goes before the call that means the same, so the call's setting is not the layers'.
+    for kind in (nn.Conv2d, RFA_COMPONENTS[component]):
+        mapping.set_object_type(kind, qconfig if kind is RFA_COMPONENTS[component] else others)
+    return mapping

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qmir_ao.ops.dls import dls_qparams
+from qmir_ao.ops.rfa_fake_quant import rfa_fake_quant
 from qmir_ao.quant._bases import QmirFakeQuantize
 from qmir_ao.quant.fake_quant import DLSFakeQuantize
-from qmir_ao.quant.patterns import is_constant, match, module_of
+from qmir_ao.quant.patterns import PATTERNS, is_constant, match, module_of
 from qmir_ao.quant.rfa import RFAFakeQuantize
 from qmir_ao.quant.rivals.activations import QuantSRFakeQuantize
 from qmir_ao.quant.static import StaticFakeQuantize
@@ -30,11 +31,13 @@ def quantizer_statistics(prepared: GraphModule, image: Tensor) -> dict[str, dict
         image: inputs, shape (B, C, H, W), values in [0, 1].
 
     Returns:
-        For "linear", "conv", "scan" (the sequences) and "weights": `sqnr` in dB (of a tensor and
-        its quantized form), `count` of quantizers, and for activations `clipped` (share of values
-        more than half a step from their level) and `entropy` (bits per code; the width is its
-        limit). With RFA "weights" also has `threshold_movement`, the mean distance of thresholds
-        from their start in steps.
+        For "linear", "conv", "scan" (the sequences), "weights", and "linear weights", "conv
+        weights" and "scan weights" (a scan's projections) out of these: `sqnr` in dB (of a tensor
+        and its quantized form), `count` of quantizers, and for activations `clipped` (share of
+        values more than half a step from their level) and `entropy` (bits per code; the width is
+        its limit). With RFA weights also have `threshold_movement` and `threshold_movement_max`,
+        the mean and largest distance of thresholds from their start in steps, `moved_codes`, the
+        share of codes that this changes, and `sqnr_unmoved`, what `sqnr` is without.
     """
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
     hooks = []
@@ -42,16 +45,35 @@ def quantizer_statistics(prepared: GraphModule, image: Tensor) -> dict[str, dict
         module = module_of(prepared, node)
         if isinstance(module, QmirFakeQuantize) and (kind := _kind(prepared, node)) is not None:
             hooks.append(module.register_forward_hook(_hook(found[kind])))
-    # Those of weights may be inside of layers, where the graph does not show them.
-    for module in prepared.modules():
-        if isinstance(module, QmirFakeQuantize) and module.quantizes_weights:
-            hooks.append(module.register_forward_hook(_hook(found["weights"])))
+    for module, kind in weight_quantizers(prepared).items():
+        for name in ("weights", f"{kind} weights"):
+            hooks.append(module.register_forward_hook(_hook(found[name])))
     try:
         prepared(image)
     finally:
         for hook in hooks:
             hook.remove()
     return {kind: _average(rows) for kind, rows in sorted(found.items())}
+
+
+def weight_quantizers(prepared: GraphModule) -> dict[QmirFakeQuantize, str]:
+    """Fake-quantizers of weights: "linear", "conv", or "scan" for a scan's projections.
+
+    In a symbolic trace a projection of a scan is a convolution whose weight no layer holds.
+    """
+    found = {}
+    for node in prepared.graph.nodes:
+        module = module_of(prepared, node)
+        if isinstance(module, QmirFakeQuantize) and module.quantizes_weights:
+            patterns = [p for user in node.users if (p := match(prepared, user))]
+            kind = patterns[0].kind if patterns else "linear"
+            found[module] = "scan" if kind == "conv" else kind
+    # Those of layers, which the graph does not show.
+    for layer in prepared.modules():
+        quantizer = getattr(layer, "weight_fake_quant", None)
+        if isinstance(quantizer, QmirFakeQuantize):
+            found[quantizer] = next(p.kind for p in PATTERNS if isinstance(layer, p.modules))
+    return found
 
 
 def _kind(prepared: GraphModule, node: Any) -> str | None:
@@ -75,12 +97,9 @@ def _hook(rows: list[dict[str, float]]) -> Any:
 def _measure(module: QmirFakeQuantize, x: Tensor, y: Tensor) -> dict[str, float]:
     if isinstance(module, QuantSRFakeQuantize) and module.channel_dim is not None:
         x = x + module.tau  # it quantizes this sum, and the next layer expects it
-    error, power = (y - x).double().square().sum(), x.double().square().sum()
-    tiny = torch.finfo(torch.float64).tiny
-    row = {"sqnr": 10 * float(torch.log10((power + tiny) / (error + tiny)))}
+    row = {"sqnr": _sqnr(x, y)}
     if isinstance(module, RFAFakeQuantize):
-        start = torch.arange(module.thresholds.numel()) + module.quant_min
-        row["threshold_movement"] = float((module.thresholds - start).abs().mean())
+        row |= _thresholds(module, x, y)
     elif isinstance(module, DLSFakeQuantize | StaticFakeQuantize):
         step, codes = _codes(module, x, y)
         row["clipped"] = float(((x - y).abs() > CLIPPED_FROM * step).double().mean())
@@ -88,6 +107,28 @@ def _measure(module: QmirFakeQuantize, x: Tensor, y: Tensor) -> dict[str, float]
         share = share[share > 0]
         row["entropy"] = float(-(share * share.log2()).sum())
     return row
+
+
+def _thresholds(module: RFAFakeQuantize, x: Tensor, y: Tensor) -> dict[str, float]:
+    """How far the thresholds have moved from the integers, and what that does to the codes."""
+    start = torch.arange(module.thresholds.numel()) + float(module.quant_min)
+    movement = (module.thresholds - start).abs()
+    unmoved = rfa_fake_quant(x, module.step, module.shift, start, module.quant_min)
+    # Levels lie a step apart, so equal codes differ by no more than rounding.
+    changed = (unmoved - y).abs().flatten(1) > 0.5 * module.step.reshape(-1, 1)
+    return {
+        "threshold_movement": float(movement.mean()),
+        "threshold_movement_max": float(movement.max()),
+        "moved_codes": float(changed.double().mean()),
+        "sqnr_unmoved": _sqnr(x, unmoved),
+    }
+
+
+def _sqnr(x: Tensor, y: Tensor) -> float:
+    """Signal to quantization noise in dB."""
+    error, power = (y - x).double().square().sum(), x.double().square().sum()
+    tiny = torch.finfo(torch.float64).tiny
+    return 10 * float(torch.log10((power + tiny) / (error + tiny)))
 
 
 def _codes(module: QmirFakeQuantize, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

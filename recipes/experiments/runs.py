@@ -21,7 +21,7 @@ from qmir_ao.backend.lowered import LoweredModule
 from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.evaluate import evaluate
-from qmir_ao.recipes.experiments.methods import get_method
+from qmir_ao.recipes.experiments.methods import build_qconfig, get_method
 from qmir_ao.recipes.experiments.quantizer_statistics import quantizer_statistics
 from qmir_ao.recipes.qat import qat_options, train_quantized
 from qmir_ao.recipes.tasks import SuperResolution, Task
@@ -40,7 +40,8 @@ class Run:
         iterations: optimizer steps.
         batch: patches per step.
         patch: side of the low-resolution patch.
-        settings: changes to the method's settings, for ablations; `placement` is one of them.
+        settings: changes to the method's settings, for ablations; `placement` and `rfa_on` are
+            two of them.
     """
 
     method: str
@@ -143,7 +144,7 @@ def execute(
     dataset.seed, dataset.length = run.seed, run.batch * run.iterations
     settings = {**get_method(run.method).settings, **run.settings}
     placement = settings.pop("placement", "paper")
-    qconfig = qmir_ao.get_qmir_qconfig(run.weight_bits, run.act_bits, **settings)
+    qconfig = build_qconfig(run.weight_bits, run.act_bits, settings)
     begin = time.perf_counter()
     result = train_quantized(
         bench.model, dataset, options, qconfig, placement=placement, progress=progress

@@ -12,12 +12,16 @@ import torch
 from support.training import write_ramp
 
 import qmir_ao
+from qmir_ao import DLSFakeQuantize, RFAFakeQuantize
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes import cli
 from qmir_ao.recipes.experiments import compare_methods, evidence, jobs
 from qmir_ao.recipes.experiments.benches import Request, TestSet
-from qmir_ao.recipes.experiments.methods import METHODS, get_method
-from qmir_ao.recipes.experiments.quantizer_statistics import quantizer_statistics
+from qmir_ao.recipes.experiments.methods import METHODS, build_qconfig, get_method
+from qmir_ao.recipes.experiments.quantizer_statistics import (
+    quantizer_statistics,
+    weight_quantizers,
+)
 from qmir_ao.recipes.experiments.runs import Run
 from qmir_ao.recipes.models import create_model
 
@@ -65,12 +69,13 @@ def test_every_stage_runs_once_and_results_are_written(
     names = [run.name for run in trained]
     assert len(names) == len(set(names))
     changed = {tuple(s.items()) for table in evidence.ABLATIONS.values() for _, s in table if s}
-    assert len([run for run in trained if run.settings]) == len(changed)
+    assert len([run for run in trained if run.settings and run.iterations == 7]) == len(changed)
     assert all(run.learning_rate == 3.2e-3 for run in trained if run.seed)
-    longer = {run.method for run in trained if run.iterations == 14}
-    assert longer == set(evidence.LONGER_METHODS) and len(longer) * 3 == len(
-        [run for run in trained if run.iterations != 7]
-    )
+    whole = [run for run in trained if run.iterations == 14 and not run.settings]
+    longer = {run.method for run in whole}
+    assert longer == set(evidence.LONGER_METHODS) and len(longer) * 3 == len(whole)
+    parts = [run.settings for run in trained if run.iterations == 14 and run.settings]
+    assert parts == [{"rfa_on": c} for c in ("linear", "conv", "scan")] * 3
     for width in evidence.WIDTHS:
         mine = [
             run
@@ -82,8 +87,7 @@ def test_every_stage_runs_once_and_results_are_written(
         kept = (tmp_path / "models" / f"{key}-w2a2" / "name").read_text()
         assert kept == Run(key, 2, 2, 0, learning_rate=3.2e-3, iterations=7).name
     entries = json.loads((tmp_path / "qat-x2.json").read_text())
-    # Widths that are not timed keep the time of the run.
-    assert {e["seconds_per_step"] for e in entries if e["weight_bits"] != 8} == {0.125}
+    assert {e["seconds_per_step"] for e in entries} == {0.125}
     assert {e["learning_rate"] for e in entries} == {3.2e-3}
     assert "**Unfinished" not in (tmp_path / "README.md").read_text()
     assert f"Page: {tmp_path / 'README.md'}" in capsys.readouterr().out
@@ -135,4 +139,49 @@ def test_quantizer_statistics(method: str) -> None:
         assert found[8][kind]["sqnr"] > found[2][kind]["sqnr"] + 15
     weights = [m for m in prepared.modules() if getattr(m, "quantizes_weights", False)]
     assert found[2]["weights"]["count"] == len(weights) > 30
+    parts = [found[2][f"{kind} weights"]["count"] for kind in ("linear", "conv", "scan")]
+    assert parts == [8, 22, 8] and sum(parts) == len(weights)
     assert ("threshold_movement" in found[2]["weights"]) == (method == "dls+rfa")
+
+
+def test_moved_thresholds_are_measured() -> None:
+    torch.manual_seed(0)
+    model = create_model("mambair-tiny-x2", pretrained=True)
+    prepared = qmir_ao.prepare_qat(model, qmir_ao.get_qmir_qconfig(2, 2)).train()
+    image = torch.rand(1, 3, 16, 16)
+    prepared(image)
+    kinds = weight_quantizers(prepared.eval())
+    moved, kind = next((m, kind) for m, kind in kinds.items() if kind == "linear")
+    layer = next(m for m in prepared.modules() if getattr(m, "weight_fake_quant", 0) is moved)
+    before = quantizer_statistics(prepared, image)
+    with torch.no_grad():
+        moved.thresholds[1] += 0.4  # -1 to -0.6: both midpoints beside it go up by 0.2
+    after = quantizer_statistics(prepared, image)
+    count, name = before[f"{kind} weights"]["count"], f"{kind} weights"
+    assert before[name]["moved_codes"] == before[name]["threshold_movement_max"] == 0.0
+    assert after[name]["threshold_movement"] == pytest.approx(0.4 / 4 / count, abs=1e-4)
+    assert after[name]["threshold_movement_max"] == pytest.approx(0.4 / count, abs=1e-4)
+    assert after[name]["sqnr_unmoved"] == before[name]["sqnr"] > after[name]["sqnr"]
+    ratio = layer.weight.detach().double() / moved.step.detach().double().reshape(
+        -1, *[1] * (layer.weight.dim() - 1)
+    )
+    ratio = ratio.clamp(-2, 1)
+    between = ((ratio > -1.5) & (ratio <= -1.3)) | ((ratio > -0.5) & (ratio <= -0.3))
+    share = float(between.double().mean())
+    assert share > 0.01
+    assert after[name]["moved_codes"] == pytest.approx(share / count, abs=1e-4)
+
+
+@pytest.mark.parametrize("component", ["linear", "conv", "scan"])
+def test_rfa_on_one_component(component: str) -> None:
+    model = create_model("mambair-tiny-x2", pretrained=True)
+    prepared = qmir_ao.prepare_qat(model, build_qconfig(4, 4, {"rfa_on": component}))
+    for quantizer, kind in weight_quantizers(prepared).items():
+        assert isinstance(quantizer, RFAFakeQuantize) == (kind == component)
+    acts = [m for m in prepared.modules() if isinstance(m, DLSFakeQuantize)]
+    assert len(acts) > 50
+
+
+def test_rfa_on_an_unknown_component() -> None:
+    with pytest.raises(ConfigError, match="rfa_on='norm' is unknown; allowed: linear, conv, scan"):
+        build_qconfig(4, 4, {"rfa_on": "norm"})
