@@ -13,7 +13,7 @@ from torch import nn
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes import distributed
 from qmir_ao.recipes.images import Pixels
-from qmir_ao.recipes.metrics import Convention, score
+from qmir_ao.recipes.metrics import Convention, check_lpips, lpips, score
 from qmir_ao.recipes.pixels import bicubic_upscale, to_float
 from qmir_ao.recipes.restore import restore_pixels
 from qmir_ao.recipes.tasks.base import Source, Task
@@ -22,17 +22,23 @@ from qmir_ao.recipes.tasks.super_resolution import SuperResolution
 __all__ = ["COLUMNS", "Evaluation", "ImageScore", "bicubic_upscale", "evaluate"]
 
 COLUMNS = ("psnr", "ssim", "baseline_psnr", "baseline_ssim")
+PERCEPTUAL_COLUMNS = ("lpips", "baseline_lpips")
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Scores of one image; the baseline is the input (enlarged bicubically where it is smaller)."""
+    """Scores of one image; the baseline is the input (enlarged bicubically where it is smaller).
+
+    LPIPS, of the whole image in RGB, is None where it was not asked for.
+    """
 
     name: str
     psnr: float
     ssim: float
     baseline_psnr: float
     baseline_ssim: float
+    lpips: float | None = None
+    baseline_lpips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,18 +60,27 @@ class Evaluation:
         return self.convention.border
 
     def mean(self, column: str) -> float:
-        """Mean over the images of one of COLUMNS."""
+        """Mean over the images of one of `columns`."""
         return fmean(getattr(image, column) for image in self.images)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What was measured."""
+        perceptual = any(image.lpips is not None for image in self.images)
+        return (*COLUMNS, *PERCEPTUAL_COLUMNS) if perceptual else COLUMNS
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the infinite PSNR of equal images becomes None."""
-        images = [asdict(image) for image in self.images]
+        images = [
+            {name: getattr(image, name) for name in ("name", *self.columns)}
+            for image in self.images
+        ]
         return {
             "task": self.task.name,
             **asdict(self.task),  # type: ignore[call-overload]
             "scale": self.scale,
             **asdict(self.convention),
-            "mean": {column: _finite(self.mean(column)) for column in COLUMNS},
+            "mean": {column: _finite(self.mean(column)) for column in self.columns},
             "images": [{key: _finite(value) for key, value in row.items()} for row in images],
         }
 
@@ -83,6 +98,7 @@ def evaluate(
     low_folder: Path | None = None,
     border: int | None = None,
     tile: int | None = None,
+    perceptual: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run a network over a folder of ground-truth images and score the results.
@@ -98,10 +114,12 @@ def evaluate(
             them from the ground truth.
         border: pixels cropped before scoring; by default as published.
         tile: section length for large images, or None to run images whole.
+        perceptual: also measure LPIPS with this network, "alex", "vgg" or "squeeze".
         progress: called with (done, total) after each image.
 
     Raises:
-        ConfigError: scale below 2, or neither or both of scale and task.
+        ConfigError: scale below 2, neither or both of scale and task, or LPIPS that cannot be
+            measured here.
         ImageError: an image is missing, unreadable or of the wrong size.
     """
     if (task is None) == (scale is None):
@@ -109,18 +127,25 @@ def evaluate(
     task = SuperResolution(scale) if task is None and scale is not None else task
     assert task is not None
     convention = task.convention if border is None else replace(task.convention, border=border)
+    if perceptual is not None:
+        check_lpips(perceptual, task.channels)
     sources = task.sources(Path(folder), None if low_folder is None else Path(low_folder))
     share = distributed.shard(sources)
     scores = []
     for done, source in enumerate(share, start=1):
-        scores.append(_score(model, source, task, convention, tile))
+        scores.append(_score(model, source, task, convention, tile, perceptual))
         if progress is not None:
             progress(done, len(share))
     return Evaluation(task, convention, distributed.gather(scores))
 
 
 def _score(
-    model: nn.Module, source: Source, task: Task, convention: Convention, tile: int | None
+    model: nn.Module,
+    source: Source,
+    task: Task,
+    convention: Convention,
+    tile: int | None,
+    perceptual: str | None,
 ) -> ImageScore:
     low, truth = source.load()
     # Float pixels are not rounded on their way through the network.
@@ -128,8 +153,12 @@ def _score(
     image = restore_pixels(model, given, scale=task.scale, tile=tile)
     if convention.rounded:
         image = _rounded(image)
-    psnr, ssim = score(image, truth, convention)
-    return ImageScore(source.name, psnr, ssim, *score(task.baseline(low), truth, convention))
+    baseline = task.baseline(low)
+    scores = *score(image, truth, convention), *score(baseline, truth, convention)
+    if perceptual is None:
+        return ImageScore(source.name, *scores)
+    distances = (lpips(shown, truth, perceptual) for shown in (image, baseline))
+    return ImageScore(source.name, *scores, *distances)
 
 
 def _rounded(image: Pixels) -> Pixels:

@@ -7,6 +7,8 @@ Gaussian window (sigma 1.5) on the valid region and is the mean over the channel
 
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,10 @@ LUMA = np.array([65.481, 128.553, 24.966])
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 CHANNELS = ("y", "rgb", "grey")
 WINDOWS = ("plane", "volume")
+PERCEPTUAL = ("alex", "vgg", "squeeze")
+"""Networks of LPIPS."""
+PERCEPTUAL_SIDE = 31
+"""Pixels that leave something after the strides of the first of them."""
 PEAK = 255.0
 
 
@@ -154,27 +160,49 @@ def lpips(image: Pixels, truth: Pixels, network: str = "alex") -> float:
     """Learned perceptual distance of two RGB images (lower is better), where it can be computed.
 
     Args:
-        image: uint8 or float in units of the peak, (H, W, 3).
+        image: uint8 or float in units of the peak, (H, W, 3); values beyond the peak are clipped.
         truth: the same shape.
-        network: "alex", "vgg" or "squeeze".
+        network: one of `PERCEPTUAL`.
 
     Raises:
-        ConfigError: torchvision is missing, or the images are no RGB images of one shape.
+        ConfigError: as `check_lpips`, or the images differ in shape or are too small.
     """
+    check_lpips(network, image.shape[2])
+    if min(image.shape[:2]) < PERCEPTUAL_SIDE:
+        raise ConfigError(
+            f"lpips: image {image.shape} is smaller than {PERCEPTUAL_SIDE}x{PERCEPTUAL_SIDE}"
+        )
+    a, b = _planes(image, truth, "rgb", 0)
+    # The metric's networks take float32 in [-1, 1].
+    a, b = ((2.0 * x.float() / PEAK - 1.0).clamp(-1.0, 1.0) for x in (a, b))
+    with torch.inference_mode():
+        return float(_perceptual(network)(a, b))
+
+
+def check_lpips(network: str, channels: int) -> None:
+    """Refuse what `lpips` cannot do, before any image is restored.
+
+    Raises:
+        ConfigError: unknown network, images that are not RGB, or torchvision is missing.
+    """
+    if network not in PERCEPTUAL:
+        raise ConfigError(f"lpips: network must be one of {PERCEPTUAL}, got {network!r}")
+    if channels != 3:
+        raise ConfigError(f"lpips: needs RGB images, got {channels} channel(s)")
     if importlib.util.find_spec("torchvision") is None:
         raise ConfigError(
             "lpips: torchmetrics needs torchvision for this, and qmir_ao never installs it because "
             "pip would exchange your torch for another build; install the one made for torch "
             f"{torch.__version__} yourself: pip install torchvision --no-deps (same index as torch)"
         )
-    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
-    a, b = _planes(image, truth, "rgb", 0)
-    if a.shape[1] != 3:
-        raise ConfigError(f"lpips: needs RGB images, got {image.shape}")
-    # The metric's networks take float32 in [-1, 1].
-    a, b = (2.0 * x.float() / PEAK - 1.0 for x in (a, b))
-    return float(learned_perceptual_image_patch_similarity(a, b, net_type=network))  # type: ignore[arg-type]
+
+@cache
+def _perceptual(network: str) -> Any:
+    """The metric with its network, loaded once."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity(net_type=network)  # type: ignore[arg-type]
 
 
 def _check_channel(channel: str) -> None:

@@ -37,6 +37,10 @@ def evaluate(
         int | None, typer.Option(help="Pixels cropped before scoring.", show_default="as published")
     ] = None,
     tile: Annotated[int, typer.Option(help="Side of a tile in pixels; 0 runs images whole.")] = 0,
+    lpips: Annotated[
+        str | None,
+        typer.Option(help="Also measure LPIPS: alex, vgg or squeeze. Needs torchvision."),
+    ] = None,
     arch: options.Arch = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -62,6 +66,7 @@ def evaluate(
             low_folder=low,
             border=border,
             tile=tile or None,
+            perceptual=lpips,
             progress=report,
         )
     if as_json:
@@ -100,17 +105,18 @@ def chosen_task(loaded: "LoadedModel", name: str | None, settings: dict[str, Any
 
 
 def _show(name: str, result: "Evaluation") -> None:
+    baseline = result.task.baseline_name
+    shown = {"psnr": ("PSNR, dB", 2), "baseline_psnr": (f"{baseline}, dB", 2), "ssim": ("SSIM", 4)}
+    if "lpips" in result.columns:
+        shown |= {"lpips": ("LPIPS", 4), "baseline_lpips": (f"{baseline}, LPIPS", 4)}
     rows = [
-        [i.name, *(f"{v:.2f}" for v in (i.psnr, i.baseline_psnr)), f"{i.ssim:.4f}"]
-        for i in result.images
+        [image.name, *(f"{getattr(image, key):.{digits}f}" for key, (_, digits) in shown.items())]
+        for image in result.images
     ]
-    mean = result.mean
-    rows.append(
-        ["mean", f"{mean('psnr'):.2f}", f"{mean('baseline_psnr'):.2f}", f"{mean('ssim'):.4f}"]
-    )
+    rows.append(["mean", *(f"{result.mean(key):.{digits}f}" for key, (_, digits) in shown.items())])
     on = {"y": "luma", "rgb": "RGB", "grey": "grey"}[result.convention.channel]
     emit_table(
         f"{name}, {result.task.title}, on {on}",
-        ["image", "PSNR, dB", f"{result.task.baseline_name}, dB", "SSIM"],
+        ["image", *(title for title, _ in shown.values())],
         rows,
     )

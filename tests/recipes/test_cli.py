@@ -11,10 +11,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from support.torchvision_double import install
 
 import qmir_ao
 from qmir_ao.recipes import cli
 from qmir_ao.recipes.checkpoint import save_weights
+from qmir_ao.recipes.metrics import _perceptual
 from qmir_ao.recipes.models import create_model
 from qmir_ao.recipes.models.registry import MODELS
 
@@ -133,6 +135,29 @@ def test_eval(
     assert scores["mean"]["psnr"] == scores["images"][0]["psnr"]
     assert cli.main(["eval", str(model), str(image.parent), "--scale", "3"]) == 2
     assert "enlarges 2 times" in capsys.readouterr().err
+
+
+def test_eval_measures_lpips(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_png(tmp_path / "in.png", (48, 40, 3))
+    line = ["eval", str(weights), str(tmp_path), "--lpips"]
+    assert cli.main([*line, "resnet"]) == 2
+    assert "network must be one of ('alex', 'vgg', 'squeeze')" in capsys.readouterr().err
+    install(monkeypatch)
+    _perceptual.cache_clear()
+    assert cli.main([*line, "alex", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["mean"]["lpips"] == scores["images"][0]["lpips"] > 0.0
+    assert scores["mean"]["baseline_lpips"] != scores["mean"]["lpips"]
+    assert cli.main([*line, "alex"]) == 0
+    assert "LPIPS" in capsys.readouterr().out
+    _perceptual.cache_clear()
+    assert cli.main([*line[:-1], "--json"]) == 0
+    assert "lpips" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,22 @@
 
 import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchmetrics.functional.image.lpips as functional
 from skimage.metrics import structural_similarity
+from support.torchvision_double import ALEXNET, POOLED, alexnet_weights, install
+from torch.nn import functional as F
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.images import Pixels
 from qmir_ao.recipes.metrics import (
     Convention,
+    _perceptual,
     lpips,
     luma,
     psnr,
@@ -217,3 +223,57 @@ def test_lpips_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair()
     with pytest.raises(ConfigError, match=r"needs torchvision .* never installs it"):
         lpips(a, b)
+
+
+def lpips_formula(image: Pixels, truth: Pixels) -> float:
+    """Squared distances of unit feature vectors, weighted by the published heads, in float64."""
+    heads = torch.load(
+        Path(functional.__file__).parent / "lpips_models/alex.pth", map_location="cpu"
+    )
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    features: list[list[torch.Tensor]] = []
+    for pixels in (image, truth):
+        x = (2.0 * torch.from_numpy(pixels).double() / 255.0 - 1.0 - shift) / scale
+        x = x.permute(2, 0, 1)[None]
+        features.append([])
+        for place, (shape, (weight, bias)) in enumerate(
+            zip(ALEXNET, alexnet_weights(), strict=True)
+        ):
+            _, _, _, stride, padding = shape
+            x = F.conv2d(x, weight.double(), bias.double(), stride, padding).relu()
+            norm = x.square().sum(1, keepdim=True).sqrt()
+            features[-1].append(x / norm.clamp_min(1e-10))
+            if place in POOLED:
+                x = F.max_pool2d(x, 3, 2)
+    total = 0.0
+    for place, (mine, wanted) in enumerate(zip(*features, strict=True)):
+        head = heads[f"lin{place}.model.1.weight"].double().reshape(1, -1, 1, 1)
+        total += float(((mine - wanted).square() * head).sum(1).mean())
+    return total
+
+
+def test_lpips_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = install(monkeypatch)
+    _perceptual.cache_clear()
+    a, b = pair(67, 79)
+    assert lpips(a, b) == pytest.approx(lpips_formula(a, b), rel=1e-4)
+    assert lpips(a, a) == 0.0
+    assert lpips(a, b) > lpips(a, (a.astype(int) * 9 // 10 + b // 10).astype(np.uint8)) > 0.0
+    # Pixels beyond the range, as noise makes them, are those at its end.
+    beyond = a.astype(np.float32) / 255.0
+    beyond[0, 0], beyond[1, 1] = 1.5, -0.5
+    clipped = np.clip(beyond, 0.0, 1.0)
+    assert lpips(beyond, b) == lpips(clipped, b) > 0.0
+    assert asked == ["alexnet"], "the network is loaded once"
+    _perceptual.cache_clear()
+
+
+def test_lpips_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    a, b = pair()
+    with pytest.raises(ConfigError, match=r"network must be one of .* got 'resnet'"):
+        lpips(a, b, "resnet")
+    with pytest.raises(ConfigError, match="needs RGB images, got 1 channel"):
+        lpips(a[..., :1], b[..., :1])
+    with pytest.raises(ConfigError, match=r"\(30, 37, 3\) is smaller than 31x31"):
+        lpips(a[:30], b[:30])
