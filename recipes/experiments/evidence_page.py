@@ -73,24 +73,35 @@ def _verdict(
         for name in sets
         if name in float_psnr
     ]
-    rivals = {k: c for k, c in scores.items() if not METHODS[k].ours}
+    rivals = [key for key in scores if not METHODS[key].ours]
+    halves = [key for key in scores if METHODS[key].ours and key != DEFAULT]
     for name in sets:
-        if not rivals:
-            continue
-        best = max(rivals, key=lambda k: rivals[k][name].mean)
-        lead = ours[name].mean - rivals[best][name].mean
-        spread = max(ours[name].deviation, rivals[best][name].deviation)
-        word = "ahead of" if lead > 0 else "behind"
-        if min(len(ours[name].values), len(rivals[best][name].values)) > 1:
-            side = "beyond" if abs(lead) > spread else "within"
-            certainty = f"{side} the seeds' spread ({spread:.3f} dB)"
-        else:
-            certainty = "one of them on one seed, so the spread is not known"
-        lines.append(
-            f"- {name}: DLS + RFA is {abs(lead):.3f} dB {word} the best rival, "
-            f"{METHODS[best].label}, {certainty}."
-        )
+        if rivals:
+            best = max(rivals, key=lambda key: scores[key][name].mean)
+            lines.append(
+                _lead(ours[name], scores[best][name], name, f"the best rival, {_of(best)}")
+            )
+        lines += [
+            _lead(ours[name], scores[key][name], name, f"{_of(key)}, a half of it")
+            for key in halves
+            if scores[key][name].mean > ours[name].mean
+        ]
     return lines
+
+
+def _of(key: str) -> str:
+    return METHODS[key].label
+
+
+def _lead(ours: Cell, other: Cell, name: str, called: str) -> str:
+    lead, spread = ours.mean - other.mean, max(ours.deviation, other.deviation)
+    if min(len(ours.values), len(other.values)) > 1:
+        side = "beyond" if abs(lead) > spread else "within"
+        certainty = f"{side} the seeds' spread ({spread:.3f} dB)"
+    else:
+        certainty = "one of them on one seed, so the spread is not known"
+    word = "ahead of" if lead > 0 else "behind"
+    return f"- {name}: DLS + RFA is {abs(lead):.3f} dB {word} {called}, {certainty}."
 
 
 def _ablations(records: Records, width: int) -> list[str]:
