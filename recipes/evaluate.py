@@ -71,16 +71,16 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the infinite PSNR of equal images becomes None."""
+        columns = self.columns
         images = [
-            {name: getattr(image, name) for name in ("name", *self.columns)}
-            for image in self.images
+            {name: getattr(image, name) for name in ("name", *columns)} for image in self.images
         ]
         return {
             "task": self.task.name,
             **asdict(self.task),  # type: ignore[call-overload]
             "scale": self.scale,
             **asdict(self.convention),
-            "mean": {column: _finite(self.mean(column)) for column in self.columns},
+            "mean": {column: _finite(self.mean(column)) for column in columns},
             "images": [{key: _finite(value) for key, value in row.items()} for row in images],
         }
 

@@ -20,6 +20,7 @@ import qmir_ao
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.experiments.benches import OpenBench, Request, open_bench
 from qmir_ao.recipes.experiments.evidence import (
+    DEFAULT,
     EIGHT_BIT_METHODS,
     SEEDS,
     WIDTHS,
@@ -33,7 +34,7 @@ from qmir_ao.recipes.experiments.evidence import (
     search_runs,
     seed_runs,
 )
-from qmir_ao.recipes.experiments.evidence_page import DEFAULT, write_page
+from qmir_ao.recipes.experiments.evidence_page import write_page
 from qmir_ao.recipes.experiments.jobs import Job, model_folder, work_together
 from qmir_ao.recipes.experiments.methods import METHODS, get_method
 from qmir_ao.recipes.experiments.published import FLOAT

@@ -20,6 +20,8 @@ from qmir_ao.recipes.experiments.runs import Run
 
 RATES = (8e-4, 1.6e-3, 3.2e-3)
 SEEDS = (0, 1, 2)
+DEFAULT = "dls+rfa"
+"""Key of the method that `get_qmir_qconfig` gives without settings."""
 WIDTHS = (2, 4)
 EIGHT_BIT_METHODS = ("dls+rfa", "lsq")
 """At 8 bits every method is close to float; these two show it."""
@@ -78,10 +80,16 @@ class Cell:
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-def format_cell(cell: Cell, sign: bool = False) -> str:
-    """Mean, and deviation where there are several seeds, of three digits."""
+def format_cell(cell: Cell, *, sign: bool = False, seeds: bool = False) -> str:
+    """Mean, and deviation where there are several seeds, of three digits; their number if asked."""
     spread = f" ± {cell.deviation:.3f}" if len(cell.values) > 1 else ""
-    return f"{cell.mean:{'+' if sign else ''}.3f}{spread}"
+    number = f" ({len(cell.values)})" if seeds else ""
+    return f"{cell.mean:{'+' if sign else ''}.3f}{spread}{number}"
+
+
+def counted(number: int, word: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number} {word}" + ("" if number == 1 else "s")
 
 
 def cells_of(runs: Sequence[dict[str, Any]], score: str = "psnr_integer") -> dict[str, Cell]:
@@ -168,7 +176,7 @@ def ablation_runs(
     changes = {json.dumps(s, sort_keys=True): s for rows in ABLATIONS.values() for _, s in rows}
     return [
         Run(
-            "dls+rfa", width, width, seed, learning_rate=rate, iterations=iterations,
+            DEFAULT, width, width, seed, learning_rate=rate, iterations=iterations,
             settings=settings,
         )
         for seed in seeds
@@ -252,7 +260,7 @@ def ablation_table(
 
     Scores are of the integer network; where there is none the label says that they are simulated.
     """
-    rate = best_rates(records, width).get("dls+rfa")
+    rate = best_rates(records, width).get(DEFAULT)
     result = {}
     for title, variants in ABLATIONS.items():
         lines = []
@@ -260,7 +268,7 @@ def ablation_table(
             hits = [
                 r
                 for r in records
-                if r["method"] == "dls+rfa"
+                if r["method"] == DEFAULT
                 and r["settings"] == settings
                 and r["weight_bits"] == width
                 and r["learning_rate"] == rate

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from qmir_ao.recipes.experiments.evidence import (
+    DEFAULT,
     RATES,
     SEEDS,
     Cell,
     ablation_table,
     best_rates,
     best_runs,
+    counted,
     format_cell,
     of_length,
     rows,
@@ -20,10 +22,10 @@ from qmir_ao.recipes.experiments.evidence import (
 from qmir_ao.recipes.experiments.evidence import WIDTHS as SEARCHED_WIDTHS
 from qmir_ao.recipes.experiments.methods import METHODS
 from qmir_ao.recipes.experiments.rfa_study import rfa_lines
+from qmir_ao.recipes.experiments.tables import table as markdown_table
 from qmir_ao.recipes.images import atomic_write
 
 OURS, RIVAL = "#b8551b", "#5b7b94"
-DEFAULT = "dls+rfa"
 WIDTHS = (*SEARCHED_WIDTHS, 8)
 
 Records = Sequence[dict[str, Any]]
@@ -41,24 +43,21 @@ def _main_table(
     head = ["method", "rate", "seeds"]
     head += [f"{name}, integer" for name in sets] + [f"{name}, simulated" for name in sets]
     head += [f"{name}, SSIM" for name in sets] + ["bytes of weights and scales", "s/step"]
-    lines = [f"## {width}-bit weights and activations", ""]
-    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     full = [f"{float_psnr[name]:.3f}" if name in float_psnr else "" for name in sets]
     blank = [""] * (2 * len(sets) + 2)
-    lines.append(f"| float32 | | | {' | '.join(full + blank)} |")
+    shown = [["float32", "", "", *full, *blank]]
     for key, cells in scores.items():
         sample = next(e for e in entries if e["method"] == key and e["weight_bits"] == width)
         label = METHODS[key].label
-        values = [format_cell(cells[n]) for n in sets] + [
-            format_cell(simulated[key][n]) for n in sets
-        ]
+        values = [format_cell(scored[n]) for scored in (cells, simulated[key]) for n in sets]
         values += [f"{ssim[key][n].mean:.4f}" for n in sets]
         count = len(next(iter(cells.values())).values)
         values += [f"{sample['weight_bytes']:,} + {sample['scale_bytes']:,}"]
         values += [f"{sample['seconds_per_step']:.2f}"]
         name = f"**{label}**" if key == DEFAULT else label
-        lines.append(f"| {name} | {rates[key]:g} | {count} | {' | '.join(values)} |")
-    return [*lines, "", *_verdict(scores, sets, float_psnr), ""]
+        shown.append([name, f"{rates[key]:g}", f"{count}", *values])
+    title = f"## {width}-bit weights and activations"
+    return [title, "", *markdown_table(head, shown), "", *_verdict(scores, sets, float_psnr), ""]
 
 
 def _verdict(
@@ -110,13 +109,12 @@ def _ablations(records: Records, width: int) -> list[str]:
         if len(variants) < 2:
             continue
         sets = list(variants[0][1])
+        shown = [
+            [label, f"{len(cells[sets[0]].values)}", *(format_cell(cells[n]) for n in sets)]
+            for label, cells in variants
+        ]
         lines += [f"### {title}, {width} bits", ""]
-        lines += [f"| variant | seeds | {' | '.join(sets)} |", f"|{'---|' * (2 + len(sets))}"]
-        for label, cells in variants:
-            count = len(next(iter(cells.values())).values)
-            values = " | ".join(format_cell(cells[n]) for n in sets)
-            lines.append(f"| {label} | {count} | {values} |")
-        lines.append("")
+        lines += [*markdown_table(["variant", "seeds", *sets], shown), ""]
     return lines
 
 
@@ -131,8 +129,7 @@ def _quantizers(records: Records, width: int) -> list[str]:
         return []
     kinds = ("linear", "conv", "scan")
     head = ["method", *(f"{kind}: SQNR, clipped, code entropy" for kind in kinds), "weights: SQNR"]
-    lines = [f"### What the quantizers do, {width} bits", ""]
-    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    shown = []
     for key in sorted(found, key=lambda key: -found[key]["linear"]["sqnr"]):
         parts = [found[key].get(kind) for kind in kinds]
         cells = [
@@ -143,8 +140,8 @@ def _quantizers(records: Records, width: int) -> list[str]:
         told = f"{weights['sqnr']:.1f} dB"
         if "threshold_movement" in weights:
             told += f", thresholds moved by {weights['threshold_movement']:.3f} steps"
-        lines.append(f"| {METHODS[key].label} | {' | '.join([*cells, told])} |")
-    return [*lines, ""]
+        shown.append([METHODS[key].label, *cells, told])
+    return [f"### What the quantizers do, {width} bits", "", *markdown_table(head, shown), ""]
 
 
 def _lengths(records: Records) -> list[str]:
@@ -156,18 +153,26 @@ def _lengths(records: Records) -> list[str]:
         return []
     sets = list(next(iter(longest.values())))
     head = ["method", *(f"{name}, {n} iterations" for name in sets for n in lengths)]
-    lines = [f"## Longer training, {width} bits", "", f"| {' | '.join(head)} |"]
-    lines.append(f"|{'---|' * len(head)}")
-    for key in longest:
-        cells = [
-            f"{format_cell(scores[n][key][name])} ({len(scores[n][key][name].values)})"
-            if key in scores[n]
-            else ""
-            for name in sets
-            for n in lengths
+    shown = [
+        [
+            METHODS[key].label,
+            *(
+                format_cell(scores[n][key][name], seeds=True) if key in scores[n] else ""
+                for name in sets
+                for n in lengths
+            ),
         ]
-        lines.append(f"| {METHODS[key].label} | {' | '.join(cells)} |")
-    return [*lines, "", "The number of seeds is in parentheses.", ""]
+        for key in longest
+    ]
+    title = f"## Longer training, {width} bits"
+    return [
+        title,
+        "",
+        *markdown_table(head, shown),
+        "",
+        "The number of seeds is in parentheses.",
+        "",
+    ]
 
 
 def _plot(entries: Records, width: int, float_psnr: Mapping[str, float], path: Path) -> bool:
@@ -277,7 +282,7 @@ def _missing(tried: Records, records: Records) -> list[str]:
     for width in SEARCHED_WIDTHS:
         counts = {m.label: (len(rates[k, width]), len(seeds[k, width])) for k, m in METHODS.items()}
         short = [
-            f"{label} ({count} rates, {several} seeds)"
+            f"{label} ({counted(count, 'rate')}, {counted(several, 'seed')})"
             for label, (count, several) in counts.items()
             if count and (count < len(RATES) or several < len(SEEDS))
         ]

@@ -102,8 +102,6 @@ def build_qconfig(
     if component not in RFA_COMPONENTS:
         raise ConfigError(f"rfa_on={component!r} is unknown; allowed: {', '.join(RFA_COMPONENTS)}")
     others = get_qmir_qconfig(weight_bits, act_bits, **(settings | get_method("dls").settings))
-    mapping = QConfigMapping().set_global(others)
     # A class goes before the call that means the same, so the call's setting is not the layers'.
-    for kind in (nn.Conv2d, RFA_COMPONENTS[component]):
-        mapping.set_object_type(kind, qconfig if kind is RFA_COMPONENTS[component] else others)
-    return mapping
+    mapping = QConfigMapping().set_global(others).set_object_type(nn.Conv2d, others)
+    return mapping.set_object_type(RFA_COMPONENTS[component], qconfig)

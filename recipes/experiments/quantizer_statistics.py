@@ -45,14 +45,16 @@ def quantizer_statistics(prepared: GraphModule, image: Tensor) -> dict[str, dict
         module = module_of(prepared, node)
         if isinstance(module, QmirFakeQuantize) and (kind := _kind(prepared, node)) is not None:
             hooks.append(module.register_forward_hook(_hook(found[kind])))
+    weights: dict[str, list[dict[str, float]]] = defaultdict(list)
     for module, kind in weight_quantizers(prepared).items():
-        for name in ("weights", f"{kind} weights"):
-            hooks.append(module.register_forward_hook(_hook(found[name])))
+        hooks.append(module.register_forward_hook(_hook(weights[f"{kind} weights"])))
     try:
         prepared(image)
     finally:
         for hook in hooks:
             hook.remove()
+    if weights:
+        found |= {**weights, "weights": [row for rows in weights.values() for row in rows]}
     return {kind: _average(rows) for kind, rows in sorted(found.items())}
 
 
@@ -65,9 +67,8 @@ def weight_quantizers(prepared: GraphModule) -> dict[QmirFakeQuantize, str]:
     for node in prepared.graph.nodes:
         module = module_of(prepared, node)
         if isinstance(module, QmirFakeQuantize) and module.quantizes_weights:
-            patterns = [p for user in node.users if (p := match(prepared, user))]
-            kind = patterns[0].kind if patterns else "linear"
-            found[module] = "scan" if kind == "conv" else kind
+            kinds = [p.kind for user in node.users if (p := match(prepared, user))]
+            found[module] = "scan" if "conv" in kinds else next(iter(kinds), "other")
     # Those of layers, which the graph does not show.
     for layer in prepared.modules():
         quantizer = getattr(layer, "weight_fake_quant", None)

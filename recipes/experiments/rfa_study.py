@@ -4,11 +4,21 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from qmir_ao.recipes.experiments.evidence import SEEDS, Cell, best_rates, cells_of, format_cell
+from qmir_ao.recipes.experiments.evidence import (
+    DEFAULT,
+    SEEDS,
+    Cell,
+    best_rates,
+    cells_of,
+    counted,
+    format_cell,
+)
 from qmir_ao.recipes.experiments.methods import RFA_COMPONENTS
 from qmir_ao.recipes.experiments.runs import Run
+from qmir_ao.recipes.experiments.tables import table
 
-DEFAULT, WITHOUT = "dls+rfa", "dls"
+WITHOUT = "dls"
+_ALL, _NONE = "all weights", "no weights (LSQ on all)"
 LABELS = {
     "linear": "linear layers",
     "conv": "convolutions",
@@ -52,9 +62,6 @@ def rfa_lines(records: Records, width: int, iterations: int) -> list[str]:
     return [*lines, *_scores(variants), "", *_thresholds(variants[_ALL])]
 
 
-_ALL, _NONE = "all weights", "no weights (LSQ on all)"
-
-
 def _variants(records: Records) -> Variants:
     """What RFA is on, then length, to runs."""
     wanted = {
@@ -77,20 +84,16 @@ def _variants(records: Records) -> Variants:
 def _verdict(variants: Variants) -> list[str]:
     """RFA against LSQ weights, on the seeds that both have."""
     lines = []
-    for length, with_rfa in variants.get(_ALL, {}).items():
+    for length, with_rfa in variants[_ALL].items():
         without = {r["seed"]: r for r in variants.get(_NONE, {}).get(length, ())}
         gains = [_mean(r) - _mean(without[r["seed"]]) for r in with_rfa if r["seed"] in without]
         if gains:
             gain = Cell(tuple(gains))
             lines.append(
                 f"- After {length} iterations RFA's weights give {format_cell(gain, sign=True)} dB "
-                f"over LSQ's, the mean of the sets on {_count(len(gains), 'seed')}."
+                f"over LSQ's, the mean of the sets on {counted(len(gains), 'seed')}."
             )
     return lines
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" + ("s" if number > 1 else "")
 
 
 def _mean(record: Mapping[str, Any]) -> float:
@@ -101,15 +104,16 @@ def _scores(variants: Variants) -> list[str]:
     lengths = sorted({n for by_length in variants.values() for n in by_length})
     sets = list(next(iter(next(iter(variants.values())).values()))[0]["sets"])
     head = ["RFA on", *(f"{name}, {n} iterations" for name in sets for n in lengths)]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    rows = []
     for label, by_length in variants.items():
-        cells = []
-        for name in sets:
-            for n in lengths:
-                runs = by_length.get(n, ())
-                cells.append(f"{format_cell(cells_of(runs)[name])} ({len(runs)})" if runs else "")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return [*lines, "", "The number of seeds is in parentheses."]
+        cells = {n: cells_of(runs) for n, runs in by_length.items()}
+        scores = [
+            format_cell(cells[n][name], seeds=True) if n in cells else ""
+            for name in sets
+            for n in lengths
+        ]
+        rows.append([label, *scores])
+    return [*table(head, rows), "", "The number of seeds is in parentheses."]
 
 
 def _thresholds(by_length: Mapping[int, Records]) -> list[str]:
@@ -118,8 +122,7 @@ def _thresholds(by_length: Mapping[int, Records]) -> list[str]:
         "iterations", "weights of", "quantizers", "thresholds moved by, steps: mean, largest",
         "codes changed by it", "SQNR", "SQNR, thresholds not moved",
     ]  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    rows = 0
+    rows = []
     for length, runs in by_length.items():
         first: dict[str, Any] = next(
             (r.get("quantizers", {}) for r in runs if r["seed"] == SEEDS[0]), {}
@@ -128,11 +131,13 @@ def _thresholds(by_length: Mapping[int, Records]) -> list[str]:
             found = first.get(f"{component} weights")
             if found is None:
                 continue
-            rows += 1
-            lines.append(
-                f"| {length} | {label} | {found['count']} | {found['threshold_movement']:.3f}, "
-                f"{found['threshold_movement_max']:.3f} | {100 * found['moved_codes']:.2f} % | "
-                f"{found['sqnr']:.2f} dB | {found['sqnr_unmoved']:.2f} dB |"
-            )
+            moved = f"{found['threshold_movement']:.3f}, {found['threshold_movement_max']:.3f}"
+            rows.append(
+                [
+                    f"{length}", label, f"{found['count']}", moved,
+                    f"{100 * found['moved_codes']:.2f} %", f"{found['sqnr']:.2f} dB",
+                    f"{found['sqnr_unmoved']:.2f} dB",
+                ]
+            )  # fmt: skip
     note = "Means over the quantizers of a component, first seed, RFA on all weights."
-    return [*lines, "", note, ""] if rows else []
+    return [*table(head, rows), "", note, ""] if rows else []

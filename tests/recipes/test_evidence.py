@@ -151,7 +151,7 @@ def test_measured_steps_replace_those_of_the_runs():
 
 def test_page_says_what_the_numbers_say(tmp_path: Path):
     text = _page(_records(), tmp_path)
-    assert "| float32 | | | 37.120 | 31.050 |" in text
+    assert "| float32 |  |  | 37.120 | 31.050 |" in text
     assert "a half of it" not in text
     assert "**DLS + RFA**" in text and "### DLS initialisation, 2 bits" in text
     assert "ahead of the best rival, N2UQ, beyond the seeds' spread" in text
@@ -195,9 +195,7 @@ def test_what_rfa_adds_is_told_by_component_and_length(tmp_path: Path):
         for key, psnr in (("dls", 36.5), ("dls+rfa", 36.6 + seed / 10)):
             run = Run(key, 2, 2, seed, learning_rate=rate, iterations=double)
             records.append(_record(run, psnr))
-    for run in component_runs(rate, 2, double, (0,)):
-        record = _record(run, 36.4)
-        records.append(record)
+    records += [_record(run, 36.4) for run in component_runs(rate, 2, double, (0,))]
     moved = {"count": 8, "sqnr": 9.0, "threshold_movement": 0.03, "threshold_movement_max": 0.11}
     moved |= {"moved_codes": 0.0123, "sqnr_unmoved": 9.1}
     mine = next(r for r in records if r["method"] == "dls+rfa" and r["iterations"] == double)
@@ -216,7 +214,7 @@ def test_page_says_what_is_missing(tmp_path: Path):
     text = _page(records, tmp_path)
     assert "W2A2, fewer" not in text and "W4A4, not run: STE; LSQ;" in text
     one_seed = [r for r in records if r["method"] != "lsq" or r["seed"] == 0]
-    assert "W2A2, fewer rates or seeds: LSQ (3 rates, 1 seeds)." in _page(one_seed, tmp_path)
+    assert "W2A2, fewer rates or seeds: LSQ (3 rates, 1 seed)." in _page(one_seed, tmp_path)
 
 
 def test_a_run_that_diverged_is_named_and_not_scored(tmp_path: Path):
