@@ -75,10 +75,11 @@ def lower_graph(prepared: GraphModule, target: Target) -> LoweredModule:
     lowered = only_referenced(graph_module)
     report = make_report(lowered)
     if not report.operators:
+        examples = {record.reason: record.name for record in reversed(report.left_in_float)}
+        told = "; ".join(f"{name}, because {why}" for why, name in examples.items())
         raise UnsupportedGraph(
-            "no operator of this graph runs on integer codes; "
-            f"left in float: {[r.name for r in report.left_in_float][:5]}. "
-            "Pass a model from qmir_ao.prepare_qat"
+            f"no operator of this graph runs on integer codes; left in float: {told or 'nothing'}. "
+            "Pass a model from qmir_ao.prepare_qat with quantizers on the integer grid"
         )
     return LoweredModule(lowered, report, target.name, records)
 

@@ -61,6 +61,7 @@ def code_width(codes: Node) -> int:
     return (high - low).bit_length()
 
 
+_WEIGHT_IN_FLOAT = "its weight is not quantized"
 _SUBTRACTIONS = (aten.sub.Tensor, operator.sub, torch.sub)
 
 
@@ -85,9 +86,22 @@ def _both(node: Node) -> tuple[Any, Any] | None:
     if x is None and w is None:
         return None
     if x is None or w is None:
-        node.meta.setdefault(REASON, f"its {'input' if x is None else 'weight'} is not quantized")
+        why = f"its input {_why_float(arguments(node)[0])}" if x is None else _WEIGHT_IN_FLOAT
+        node.meta.setdefault(REASON, why)
         return None
     return x, w
+
+
+def _why_float(value: Any) -> str:
+    """Why an operand arrives without codes."""
+    node = value
+    while isinstance(node, Node) and node.target in (*_SUBTRACTIONS, aten.view_as.default):
+        node = arguments(node)[0]
+    if isinstance(node, Node) and node.target is qmir.dls_fake_quant.default:
+        if arguments(node)[-1]:
+            return "is clipped to its own range (clamp_output), off the integer grid"
+        return "has codes above 127, which int8 cannot hold"
+    return "is not quantized"
 
 
 class DecomposeFakeQuantize(Pass):
@@ -251,8 +265,11 @@ class LowerScan(Pass):
             u, delta, A, B, C, D, bias, softplus = arguments(node)
             sequences = [codes_of(x) for x in (u, delta, B, C)]
             if any(s is None for s in sequences):
-                if any(s is not None for s in sequences):
-                    node.meta.setdefault(REASON, "not all of u, delta, B and C are quantized")
+                named = zip(("u", "delta", "B", "C"), (u, delta, B, C), sequences, strict=True)
+                whys = {name: _why_float(x) for name, x, codes in named if codes is None}
+                if len(whys) < len(sequences) or set(whys.values()) != {"is not quantized"}:
+                    told = "; ".join(f"its {name} {why}" for name, why in whys.items())
+                    node.meta.setdefault(REASON, told)
                 continue
             qu, qdelta, qB, qC = (s for s in sequences if s is not None)
             low, high = code_range(qdelta[0])

@@ -1,7 +1,7 @@
 """The command `qmir`.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input or usage, 130 interrupted. Torch is imported
-by the command that needs it, so that `qmir --help` answers at once.
+Exit codes: 0 done, 1 failed while running, 2 bad input or usage, 130 interrupted, 143 told to end.
+Torch is imported by the command that needs it, so that `qmir --help` answers at once.
 """
 
 import logging

@@ -28,7 +28,7 @@ from qmir_ao.recipes.resume import (
     describe_run,
     drop_empty,
     open_folder,
-    read_checkpoint,
+    read_newest,
 )
 from qmir_ao.recipes.training_module import Report, RestorationModule, Teacher
 
@@ -103,7 +103,7 @@ class Run:
             facts = describe_run(model, dataset, options.to_dict(), recipe)
             self.checkpointer = Checkpointer(Path(folder), options.save_every, facts)
         if self.checkpoint is not None and self.checkpointer is not None:
-            content = read_checkpoint(self.checkpoint)
+            content = read_newest(self.checkpoint)
             check_same_run(self.checkpoint, content, self.checkpointer.facts)
             first = int(content["global_step"])
         self.shares = Shares(len(dataset), options.batch, options.iterations, first)

@@ -75,6 +75,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_newest(path: Path) -> dict[str, Any]:
+    """Read the checkpoint to go on from; where it is damaged, name the one before it.
+
+    Raises:
+        CheckpointError: damaged, hostile, or no checkpoint of this package.
+    """
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        older = [p for p in list_checkpoints(path.parent) if p != path]
+        if not older:
+            raise
+        raise CheckpointError(
+            f"{error}. Remove {path.name} to go on from {older[-1].name} instead"
+        ) from error
+
+
 def discard_checkpoints(folder: Path) -> None:
     """Remove a finished run's checkpoints, and their folder if it holds nothing else."""
     for path in [*list_checkpoints(folder), *folder.glob(_PARTIAL)]:

@@ -115,9 +115,10 @@ def run_recipe(
                 progress=scoring,
             )
             scores.append({"set": str(folder), "network": kind, **result.to_dict()})
+    # Scores first: they mark a finished run, which needs its checkpoints no more.
+    _write(output / SCORES_FILE, json.dumps(scores, indent=2, allow_nan=False) + "\n")
     if distributed.is_main():
         discard_checkpoints(output / CHECKPOINTS)
-    _write(output / SCORES_FILE, json.dumps(scores, indent=2, allow_nan=False) + "\n")
     return RunResult(training, scores, lowering)
 
 
@@ -149,7 +150,7 @@ def initial_model(recipe: Recipe) -> nn.Module:
 
 
 def _tests(recipe: Recipe) -> list[tuple[Path, Path | None]]:
-    """Evaluation folders and their inputs, after a look at their files."""
+    """Evaluation folders and their inputs, after all their images were read once."""
     data = recipe.data
     if not data.train:
         raise ConfigError(
@@ -163,7 +164,7 @@ def _tests(recipe: Recipe) -> list[tuple[Path, Path | None]]:
     inputs: list[Path | None] = [None] * len(data.eval)
     pairs = list(zip(data.eval, data.eval_inputs or inputs, strict=True))
     for folder, low in pairs:
-        recipe.task.sources(folder, low)
+        recipe.task.check_sources(folder, low)
     return pairs
 
 

@@ -17,9 +17,19 @@ from qmir_ao.recipes.evaluate import Evaluation, evaluate
 from qmir_ao.recipes.losses import LOSSES
 from qmir_ao.recipes.models import create_model
 from qmir_ao.recipes.resume import Patches, discard_checkpoints
+from qmir_ao.recipes.tasks.super_resolution import SuperResolution
 
 SCHEDULES = ("cosine", "steps")
 PRECISIONS = ("32-true", "bf16-mixed")
+_LEAST = {
+    "iterations": 1,
+    "batch": 1,
+    "patch": 8,
+    "warmup": 0,
+    "clip": 0,
+    "seed": 0,
+    "save_every": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class TrainOptions:
         Raises:
             ConfigError: a value is out of its range.
         """
-        for name, low in (("iterations", 1), ("batch", 1), ("patch", 8), ("warmup", 0)):
+        for name, low in _LEAST.items():
             if getattr(self, name) < low:
                 raise ConfigError(
                     f"TrainOptions: {name} must be at least {low}, got {getattr(self, name)!r}"
@@ -84,8 +94,6 @@ class TrainOptions:
             raise ConfigError(
                 f"TrainOptions: loss must be one of {tuple(LOSSES)}, got {self.loss!r}"
             )
-        if min(self.clip, self.seed, self.save_every) < 0:
-            raise ConfigError("TrainOptions: clip, seed and save_every must not be negative")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ConfigError(
                 f"TrainOptions: max_minutes must be positive, got {self.max_minutes!r}"
@@ -225,6 +233,7 @@ def train(
     _check_train(out, options)
     torch.manual_seed(options.seed)
     model, scale = _upscaler(name, start)
+    _check_tests(scale, eval_folder, eval_low_folder)
     dataset = PatchDataset(
         folders,
         scale=scale,
@@ -245,16 +254,27 @@ def train(
         resume=resume,
         recipe={"model": name},
     )
+    _save(model, out, _facts(name, command, options, result))
     if eval_folder is not None:
         scores = evaluate(model, eval_folder, scale=scale, low_folder=eval_low_folder)
         result = replace(result, evaluation=scores)
+        _save(model, out, _facts(name, command, options, result))
     if distributed.is_main():
-        save_weights(model, out, _facts(name, command, options, result))
         snapshot.unlink(missing_ok=True)
         if checkpoint_dir is not None:
             discard_checkpoints(checkpoint_dir)
     distributed.wait()
     return result
+
+
+def _check_tests(scale: int, folder: Path | None, inputs: Path | None) -> None:
+    if folder is not None:
+        SuperResolution(scale).check_sources(folder, inputs)
+
+
+def _save(model: nn.Module, out: Path, facts: dict[str, Any]) -> None:
+    if distributed.is_main():
+        save_weights(model, out, facts)
 
 
 def _check_train(out: Path, options: TrainOptions) -> None:

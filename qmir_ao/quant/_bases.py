@@ -74,6 +74,7 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
         self._observing = True
         self._calibrating = False
         self._rows: list[torch.Tensor] = []
+        self._ends: list[torch.Tensor] = []
         self._seen = 0
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
@@ -88,7 +89,7 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
 
     def begin_calibration(self) -> None:
         """Pass values through and keep samples of them until `finish_calibration`."""
-        self._calibrating, self._rows, self._seen = True, [], 0
+        self._calibrating, self._rows, self._ends, self._seen = True, [], [], 0
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -98,10 +99,11 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
             return x
         rows = x.detach().float().reshape(self.sample_count(x), -1)
         stride = -(-rows.shape[1] // CALIBRATION_VALUES)
-        kept = rows[:, ::stride]
         if not self.dynamic:
-            kept = torch.cat([kept, *(v.reshape(1, 1) for v in rows.aminmax())], dim=1)
-        for row in kept.clone():
+            # The ends of all batches together stay exact, whatever the sample leaves out.
+            ends = torch.stack([*rows.aminmax(), *self._ends]).aminmax()
+            self._ends = list(ends)
+        for row in rows[:, ::stride].clone():
             self._seen += 1
             if len(self._rows) < CALIBRATION_ROWS:
                 self._rows.append(row)
@@ -116,14 +118,15 @@ class QmirFakeQuantize(TorchBase, _TorchaoBase):  # type: ignore[misc, valid-typ
 
     def finish_calibration(self) -> bool:
         """Initialise from the samples; False where none came."""
-        rows, self._rows, self._calibrating = self._rows, [], False
+        rows, ends = self._rows, self._ends
+        self._rows, self._ends, self._calibrating = [], [], False
         if not rows:
             return False
         if self.dynamic:
             count = min(row.numel() for row in rows)
             self.start_from(torch.stack([row[:count] for row in rows]))
         else:
-            self.start_from(torch.cat(rows))
+            self.start_from(torch.cat([*rows, torch.stack(ends)]))
         return True
 
     def start_from(self, rows: torch.Tensor) -> None:

@@ -144,8 +144,10 @@ def _check_output(output: Path) -> None:
 def _check_model(loaded: "LoadedModel") -> None:
     if loaded.source == "lowered" or loaded.scale < 2:
         raise ConfigError(
-            f"quantize: {loaded.name} is {'lowered already' if loaded.scale > 1 else 'no enlarger'}"
-            "; give a float super-resolution network"
+            f"quantize: {loaded.name} is "
+            f"{'lowered already' if loaded.source == 'lowered' else 'no enlarger'}; give a float "
+            "super-resolution network, or a recipe of another task to qmir run (qmir recipes lists "
+            "them)"
         )
 
 

@@ -33,7 +33,10 @@ def train(
         Path | None, typer.Option(help="Weights to start from instead of fresh ones.")
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help="Folder with ground truth to score the result on.")
+        Path | None,
+        typer.Option(
+            "--eval", "--evaluate", help="Folder with ground truth to score the result on."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:

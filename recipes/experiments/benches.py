@@ -13,6 +13,7 @@ from qmir_ao.recipes.checkpoint import digest_weights
 from qmir_ao.recipes.experiments.published import FLOAT, load_table
 from qmir_ao.recipes.experiments.registry import (
     NETWORK,
+    REDUCED_BUDGET,
     SCALES,
     Budget,
     Experiment,
@@ -26,6 +27,7 @@ from qmir_ao.recipes.experiments.tiny_data import (
     SET_NAME,
     Progress,
     default_data,
+    is_reducible,
     listing,
     reduced_network,
 )
@@ -138,16 +140,23 @@ def plan(request: Request) -> list[Line]:
         planned = [_full_line(line, request) for line in planned]
         _check_full(request, experiment, planned)
         return planned
-    return [_tiny(line) for line in planned]
+    scales: dict[str, set[int]] = {}
+    for line in planned:
+        if line.row.scale is not None:
+            scales.setdefault(line.row.network, set()).add(line.row.scale)
+    return [_tiny(line, min(scales.get(line.row.network, {TINY_SCALE}))) for line in planned]
 
 
-def _tiny(line: Line) -> Line:
+def _tiny(line: Line, smallest: int) -> Line:
+    """A line, left out where this scale has no network or another enlargement for it."""
     if line.missing:
         return line
-    if line.row.scale not in (None, TINY_SCALE):
-        return without(line, f"not run: the tiny network enlarges {TINY_SCALE} times")
-    if any(NETWORK in part.bench for part in line.parts.values()):
+    networks = {part.bench.partition(NETWORK)[2] for part in line.parts.values()} - {""}
+    if not all(map(is_reducible, networks)):
         return without(line, f"not run: scale tiny has no small {line.row.network}")
+    scale = smallest if networks else TINY_SCALE
+    if line.row.scale not in (None, scale):
+        return without(line, f"not run: the tiny network enlarges {scale} times")
     return line
 
 
@@ -272,7 +281,9 @@ def _tiny_bench(
     name: str, request: Request, experiment: Experiment, progress: Progress | None
 ) -> tuple[str, Bench, Budget]:
     task = bench_recipe(name).task
-    given = experiment.budget
+    wanted = name.partition(NETWORK)[2]
+    # A second network of a table must not double its hour.
+    given = REDUCED_BUDGET if wanted else experiment.budget
     budget = Budget(
         iterations=request.iterations or given.iterations,
         float_iterations=request.float_iterations or given.float_iterations,
@@ -285,11 +296,11 @@ def _tiny_bench(
         photos, held_out = default_data(task, request.output / "data")
         train = train or [photos]
         test = test or [TestSet(SET_NAME, held_out)]
-    if task.scale > 1:
+    if task.scale > 1 and not wanted:
         network, model = TINY, create_model(TINY, pretrained=True).eval()
     else:
         cache, skip = request.output / "networks", request.skip_bad_images
-        network, model = reduced_network(task, train, budget, cache, progress, skip)
+        network, model = reduced_network(task, train, budget, cache, progress, skip, wanted)
     sets = {t.name: t.pair(task) for t in test}
     return network, _bench(model, train, sets, task, skip=request.skip_bad_images), budget
 
@@ -303,9 +314,9 @@ def _bench(
     tile: int | None = None,
     skip: bool = False,
 ) -> Bench:
-    # A wrong folder must not show after an hour of training.
+    # A wrong folder or a damaged image must not show after an hour of training.
     for folder, low in sets.values():
-        task.sources(folder, low)
+        task.check_sources(folder, low)
     return Bench(
         model, train, sets, task.scale, task=task, clip=clip, tile=tile, skip_bad_images=skip
     )

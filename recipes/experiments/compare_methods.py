@@ -7,7 +7,7 @@ Records lie beside each other in `runs/`; a second call does only what is missin
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -19,27 +19,22 @@ from typing import Any
 import qmir_ao
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.experiments.benches import OpenBench, Request, open_bench
+from qmir_ao.recipes.experiments.comparison_plan import stages
 from qmir_ao.recipes.experiments.evidence import (
-    DEFAULT,
     EIGHT_BIT_METHODS,
     SEEDS,
     WIDTHS,
-    ablation_runs,
-    best_rates,
     best_runs,
-    longer_runs,
+    float_rows,
     of_length,
     read_records,
     rows,
-    search_runs,
-    seed_runs,
 )
 from qmir_ao.recipes.experiments.evidence_page import write_page
 from qmir_ao.recipes.experiments.jobs import Job, model_folder, work_together
 from qmir_ao.recipes.experiments.methods import METHODS, get_method
 from qmir_ao.recipes.experiments.published import FLOAT
 from qmir_ao.recipes.experiments.registry import COMPARISON
-from qmir_ao.recipes.experiments.rfa_study import component_runs
 from qmir_ao.recipes.experiments.runs import Run, open_dataset, write_record
 from qmir_ao.recipes.images import atomic_write
 from qmir_ao.recipes.qat import qat_options, train_quantized
@@ -74,27 +69,6 @@ def _check_images(opened: OpenBench) -> None:
         write_record(opened.folder, "bench", facts)
 
 
-def stages(request: Request, folder: Path) -> Iterator[tuple[str, list[Run]]]:
-    """Label and runs of each stage; each reads what the stages before it have recorded."""
-    count = _length(request)
-    for width in WIDTHS:
-        yield f"learning rates, {width} bits", search_runs(width, count)
-    yield "learning rates, 8 bits", search_runs(8, count, EIGHT_BIT_METHODS)
-    for width in (*WIDTHS, 8):
-        rates = best_rates(of_length(read_records(folder), count), width)
-        yield f"seeds, {width} bits", seed_runs(rates, width, count, request.seeds)
-    rates = best_rates(of_length(read_records(folder), count), WIDTHS[0])
-    yield (
-        f"ablations, {WIDTHS[0]} bits",
-        ablation_runs(rates[DEFAULT], WIDTHS[0], count, request.seeds[:1]),
-    )
-    yield f"twice as long, {WIDTHS[0]} bits", longer_runs(rates, WIDTHS[0], count)
-    yield (
-        f"RFA by component, {WIDTHS[0]} bits",
-        component_runs(rates[DEFAULT], WIDTHS[0], 2 * count, request.seeds),
-    )
-
-
 def _length(request: Request) -> int:
     return request.iterations or COMPARISON.budget.iterations
 
@@ -127,7 +101,8 @@ def compare_methods(request: Request, workers: int, progress: Progress) -> Path:
     again = partial(open_comparison, request)
     with progress("the float network") as report:
         work_together([Job(BENCH, None)], benches, 1, again, report)
-    for label, runs in stages(request, opened.folder):
+    read = partial(read_records, opened.folder)
+    for label, runs in stages(read, _length(request), request.seeds):
         jobs = [Job(BENCH, run) for run in runs]
         with progress(f"{label}: {len(jobs)} runs") as report:
             work_together(jobs, benches, workers, again, report)
@@ -142,15 +117,16 @@ def write_results(opened: OpenBench, output: Path, iterations: int) -> Path:
     everything = read_records(opened.folder)
     records = of_length(everything, iterations)
     entries = rows(records, _steps(opened.folder))
-    atomic_write(output / "qat-x2.json", (json.dumps(entries, indent=1) + "\n").encode())
+    baseline = json.loads((opened.folder / f"{FLOAT}.json").read_text())["sets"]
+    document = json.dumps([*float_rows(baseline), *entries], indent=1)
+    atomic_write(output / "qat-x2.json", (document + "\n").encode())
     _keep_models(opened, records, output / "models")
-    baseline = json.loads((opened.folder / f"{FLOAT}.json").read_text())
     return write_page(
         everything,
         entries,
         output,
         iterations=iterations,
-        float_psnr={name: scores["psnr"] for name, scores in baseline["sets"].items()},
+        float_psnr={name: scores["psnr"] for name, scores in baseline.items()},
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.experiments.methods import METHODS
+from qmir_ao.recipes.experiments.published import FLOAT
 from qmir_ao.recipes.experiments.registry import COMPARISON
 from qmir_ao.recipes.experiments.runs import Run
 
@@ -199,6 +200,25 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     if not records:
         raise ConfigError(f"{folder}: holds no run records; train some runs first")
     return records
+
+
+def float_rows(baseline: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Rows of the float network, by set; it has no seed, no steps and no integer form."""
+    return [
+        {
+            "method": FLOAT,
+            "weight_bits": 32,
+            "act_bits": 32,
+            "seed": None,
+            "set": name,
+            "psnr": round(scores["psnr"], 4),
+            "psnr_integer": None,
+            "ssim": round(scores["ssim"], 5),
+            "ssim_integer": None,
+            "seconds_per_step": None,
+        }
+        for name, scores in baseline.items()
+    ]
 
 
 def rows(

@@ -1,13 +1,13 @@
 """The evidence as a page: Markdown tables and plots from the run records."""
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qmir_ao.recipes.experiments.comparison_plan import missing_runs
 from qmir_ao.recipes.experiments.evidence import (
     DEFAULT,
-    RATES,
     SEEDS,
     Cell,
     ablation_table,
@@ -22,6 +22,7 @@ from qmir_ao.recipes.experiments.evidence import (
 from qmir_ao.recipes.experiments.evidence import WIDTHS as SEARCHED_WIDTHS
 from qmir_ao.recipes.experiments.methods import METHODS
 from qmir_ao.recipes.experiments.rfa_study import rfa_lines
+from qmir_ao.recipes.experiments.runs import Run
 from qmir_ao.recipes.experiments.tables import table as markdown_table
 from qmir_ao.recipes.images import atomic_write
 
@@ -132,16 +133,52 @@ def _quantizers(records: Records, width: int) -> list[str]:
     shown = []
     for key in sorted(found, key=lambda key: -found[key]["linear"]["sqnr"]):
         parts = [found[key].get(kind) for kind in kinds]
-        cells = [
-            f"{p['sqnr']:.1f} dB, {100 * p['clipped']:.1f} %, {p['entropy']:.2f} bits" if p else ""
-            for p in parts
-        ]
+        cells = [_digits(part) if part else "" for part in parts]
         weights = found[key]["weights"]
         told = f"{weights['sqnr']:.1f} dB"
         if "threshold_movement" in weights:
             told += f", thresholds moved by {weights['threshold_movement']:.3f} steps"
         shown.append([METHODS[key].label, *cells, told])
     return [f"### What the quantizers do, {width} bits", "", *markdown_table(head, shown), ""]
+
+
+def _layers(records: Records, entries: Records, width: int) -> list[str]:
+    """The quantizers one by one, of the default and of the best rival, first seed."""
+    rivals = [key for key in table(entries, width) if not METHODS[key].ours]
+    found = {
+        r["method"]: {(row["layer"], row["kind"]): row for row in r["layers"]}
+        for r in best_runs(records, width)
+        if r["seed"] == SEEDS[0] and "layers" in r and r["method"] in (DEFAULT, *rivals[:1])
+    }
+    if len(found) < 2:
+        return []
+    ours, other = found[DEFAULT], found[rivals[0]]
+    shown = [
+        [
+            layer if kind in layer else f"{layer}, {kind}",
+            *(_digits(row) for row in (ours[layer, kind], other[layer, kind])),
+        ]
+        for layer, kind in ours
+        if (layer, kind) in other
+    ]
+    higher = sum(row["sqnr"] > other[key]["sqnr"] for key, row in ours.items() if key in other)
+    labels = [METHODS[key].label for key in (DEFAULT, rivals[0])]
+    head = ["layer that reads it", *(f"{name}: SQNR, clipped, code entropy" for name in labels)]
+    return [
+        f"Layer by layer, {labels[0]} has the higher SQNR before {higher} of {len(shown)} readers, "
+        f"the best rival, {labels[1]}, before the others.",
+        "",
+        "<details><summary>all layers</summary>",
+        "",
+        *markdown_table(head, shown),
+        "",
+        "</details>",
+        "",
+    ]
+
+
+def _digits(row: Mapping[str, float]) -> str:
+    return f"{row['sqnr']:.1f} dB, {100 * row['clipped']:.1f} %, {row['entropy']:.2f} bits"
 
 
 def _lengths(records: Records) -> list[str]:
@@ -229,13 +266,13 @@ def write_page(
     """
     everything, records = records, of_length(records, iterations)
     tried = [r for r in everything if r["iterations"] == iterations]
-    lines = [*_introduction(iterations), *_missing(tried, records)]
+    lines = [*_introduction(iterations), *_missing(everything, tried, iterations)]
     for width in WIDTHS:
         part = _main_table(records, entries, width, float_psnr)
         if part and _plot(entries, width, float_psnr, folder / f"qat-x2-w{width}a{width}.png"):
             lines += part
             lines += [f"![PSNR of every method](qat-x2-w{width}a{width}.png)", ""]
-            lines += _quantizers(records, width)
+            lines += _quantizers(records, width) + _layers(records, entries, width)
     lines += _lengths(everything)
     lines += rfa_lines(
         [r for r in everything if "diverged" not in r], SEARCHED_WIDTHS[0], iterations
@@ -265,34 +302,21 @@ def _introduction(iterations: int) -> list[str]:
     ]
 
 
-def _missing(tried: Records, records: Records) -> list[str]:
+def _missing(everything: Records, tried: Records, iterations: int) -> list[str]:
     """What the plan has and the records lack, so that a reader knows how much the page says.
 
     Args:
-        tried: runs of the main length, with those that diverged.
-        records: the others of them.
+        everything: all records.
+        tried: those of the main length, with those that diverged.
+        iterations: the main length.
     """
-    rates: dict[tuple[str, int], set[float]] = defaultdict(set)
-    seeds: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for r in tried:
-        rates[r["method"], r["weight_bits"]].add(r["learning_rate"])
-    for r in [r for width in SEARCHED_WIDTHS for r in best_runs(records, width)]:
-        seeds[r["method"], r["weight_bits"]].add(r["seed"])
+    left, planned = missing_runs(everything, iterations)
     lines = []
-    for width in SEARCHED_WIDTHS:
-        counts = {m.label: (len(rates[k, width]), len(seeds[k, width])) for k, m in METHODS.items()}
-        short = [
-            f"{label} ({counted(count, 'rate')}, {counted(several, 'seed')})"
-            for label, (count, several) in counts.items()
-            if count and (count < len(RATES) or several < len(SEEDS))
-        ]
-        none = [label for label, (count, _) in counts.items() if not count]
-        if short:
-            lines.append(f"- W{width}A{width}, fewer rates or seeds: {'; '.join(short)}.")
-        if none:
-            lines.append(f"- W{width}A{width}, not run: {'; '.join(none)}.")
-    head = f"**Unfinished.** The plan is {len(RATES)} learning rates and {len(SEEDS)} seeds:"
-    lines = [head, "", *lines, ""] if lines else []
+    if left:
+        count = sum(len(runs) for runs in left.values())
+        lines = [f"**Unfinished.** {count} of the {planned} runs of the plan are missing:", ""]
+        lines += [f"- {label}: {_told(runs)}." for label, runs in left.items()]
+        lines.append("")
     diverged = [r for r in tried if "diverged" in r]
     if diverged:
         names = "; ".join(
@@ -302,3 +326,12 @@ def _missing(tried: Records, records: Records) -> list[str]:
         )
         lines += [f"Diverged, so without scores: {names}.", ""]
     return lines
+
+
+def _told(runs: Sequence[Run]) -> str:
+    """Methods, and what is changed about them, with their number of runs."""
+    names = Counter(
+        " ".join([METHODS[run.method].label, *(f"{k}={v}" for k, v in run.settings.items())])
+        for run in runs
+    )
+    return "; ".join(f"{name} ({counted(count, 'run')})" for name, count in names.items())

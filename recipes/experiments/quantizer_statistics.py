@@ -2,18 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
 
 from qmir_ao.ops.dls import dls_qparams
 from qmir_ao.ops.rfa_fake_quant import rfa_fake_quant
 from qmir_ao.quant._bases import QmirFakeQuantize
 from qmir_ao.quant.fake_quant import DLSFakeQuantize
-from qmir_ao.quant.patterns import PATTERNS, is_constant, match, module_of
+from qmir_ao.quant.patterns import PATTERNS, SCAN, is_constant, match, module_of, module_path
 from qmir_ao.quant.rfa import RFAFakeQuantize
 from qmir_ao.quant.rivals.activations import QuantSRFakeQuantize
 from qmir_ao.quant.static import StaticFakeQuantize
@@ -22,13 +24,49 @@ CLIPPED_FROM = 0.501
 """Distance from its level, in steps, from which a value counts as clipped."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one quantizer did to some images.
+
+    Attributes:
+        kind: what reads it: "linear", "conv" or "scan", with " weights" where it is a weight.
+        layer: path of the module that reads it, and of a scan the operand.
+        values: see `quantizer_statistics`.
+    """
+
+    kind: str
+    layer: str
+    values: dict[str, float]
+
+
 @torch.inference_mode()
-def quantizer_statistics(prepared: GraphModule, image: Tensor) -> dict[str, dict[str, float]]:
-    """Statistics of the quantizers by what reads them, averaged over the quantizers of a kind.
+def measure_quantizers(prepared: GraphModule, image: Tensor) -> list[Measured]:
+    """What every quantizer of a network does to some images, in the order of the network.
 
     Args:
         prepared: trained network with fake-quantizers, in `eval()`.
         image: inputs, shape (B, C, H, W), values in [0, 1].
+    """
+    found: list[Measured] = []
+    hooks = []
+    for node in prepared.graph.nodes:
+        module = module_of(prepared, node)
+        if isinstance(module, QmirFakeQuantize) and (read := _reader(prepared, node)) is not None:
+            hooks.append(module.register_forward_hook(_hook(found, *read)))
+    paths = {module: name for name, module in prepared.named_modules()}
+    for module, kind in weight_quantizers(prepared).items():
+        layer = paths[module].removesuffix(".weight_fake_quant")
+        hooks.append(module.register_forward_hook(_hook(found, f"{kind} weights", layer)))
+    try:
+        prepared(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def quantizer_statistics(measured: Iterable[Measured]) -> dict[str, dict[str, float]]:
+    """Statistics of the quantizers by what reads them, averaged over the quantizers of a kind.
 
     Returns:
         For "linear", "conv", "scan" (the sequences), "weights", and "linear weights", "conv
@@ -40,22 +78,20 @@ def quantizer_statistics(prepared: GraphModule, image: Tensor) -> dict[str, dict
         share of codes that this changes, and `sqnr_unmoved`, what `sqnr` is without.
     """
     found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    hooks = []
-    for node in prepared.graph.nodes:
-        module = module_of(prepared, node)
-        if isinstance(module, QmirFakeQuantize) and (kind := _kind(prepared, node)) is not None:
-            hooks.append(module.register_forward_hook(_hook(found[kind])))
-    weights: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for module, kind in weight_quantizers(prepared).items():
-        hooks.append(module.register_forward_hook(_hook(weights[f"{kind} weights"])))
-    try:
-        prepared(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if weights:
-        found |= {**weights, "weights": [row for rows in weights.values() for row in rows]}
+    for one in measured:
+        found[one.kind].append(one.values)
+        if one.kind.endswith("weights"):
+            found["weights"].append(one.values)
     return {kind: _average(rows) for kind, rows in sorted(found.items())}
+
+
+def layer_statistics(measured: Iterable[Measured]) -> list[dict[str, Any]]:
+    """The activation quantizers one by one: `layer`, `kind`, `sqnr`, `clipped`, `entropy`."""
+    return [
+        {"layer": one.layer, "kind": one.kind, **{k: round(v, 4) for k, v in one.values.items()}}
+        for one in measured
+        if not one.kind.endswith("weights")
+    ]
 
 
 def weight_quantizers(prepared: GraphModule) -> dict[QmirFakeQuantize, str]:
@@ -77,20 +113,30 @@ def weight_quantizers(prepared: GraphModule) -> dict[QmirFakeQuantize, str]:
     return found
 
 
-def _kind(prepared: GraphModule, node: Any) -> str | None:
+def _reader(prepared: GraphModule, node: Any) -> tuple[str, str] | None:
+    """Kind and path of what reads an activation quantizer; None for parameters."""
     module = module_of(prepared, node)
     assert isinstance(module, QmirFakeQuantize)
     if module.quantizes_weights or is_constant(node.all_input_nodes[0]):
         return None
-    kinds = {pattern.kind for user in node.users if (pattern := match(prepared, user))}
-    if "selective_scan" in kinds:
-        return "scan"
-    return next(iter(kinds), None)
+    readers = {p.kind: user for user in node.users if (p := match(prepared, user))}
+    if SCAN.kind in readers:
+        scan = readers[SCAN.kind]
+        return "scan", f"{module_path(scan)}, {_operand_name(scan, node)} of the scan"
+    return next(((kind, module_path(user)) for kind, user in readers.items()), None)
 
 
-def _hook(rows: list[dict[str, float]]) -> Any:
+def _operand_name(call: Node, operand: Node) -> str:
+    """What the operator's schema calls an operand of a call."""
+    # A symbolic trace calls the packet of overloads, of which these operators have one.
+    called = cast(Any, call.target)
+    overload = called if isinstance(called, OpOverload) else called.default
+    return str(overload._schema.arguments[call.args.index(operand)].name)
+
+
+def _hook(found: list[Measured], kind: str, layer: str) -> Any:
     def record(module: QmirFakeQuantize, args: tuple[Tensor, ...], y: Tensor) -> None:
-        rows.append(_measure(module, args[0].float(), y.float()))
+        found.append(Measured(kind, layer, _measure(module, args[0].float(), y.float())))
 
     return record
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import qmir_ao
-from qmir_ao.recipes.experiments.benches import OpenBench, Request
+from qmir_ao.recipes.experiments.benches import TINY, OpenBench, Request
 from qmir_ao.recipes.experiments.jobs import part_jobs, read_record
 from qmir_ao.recipes.experiments.published import FLOAT, Column, Row, Table, load_table
 from qmir_ao.recipes.experiments.registry import Experiment, Line, get_experiment
@@ -85,7 +85,7 @@ def _budget(opened: OpenBench, request: Request) -> dict[str, Any]:
         "patch": budget.patch,
         "learning_rate": budget.learning_rate,
     }
-    if request.scale == "tiny" and opened.bench.scale == 1:
+    if request.scale == "tiny" and opened.facts["network"] != TINY:
         facts["float_iterations"] = budget.float_iterations
     return facts
 

@@ -22,7 +22,11 @@ from qmir_ao.errors import UnsupportedGraph
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.evaluate import evaluate
 from qmir_ao.recipes.experiments.methods import build_qconfig, get_method
-from qmir_ao.recipes.experiments.quantizer_statistics import quantizer_statistics
+from qmir_ao.recipes.experiments.quantizer_statistics import (
+    layer_statistics,
+    measure_quantizers,
+    quantizer_statistics,
+)
 from qmir_ao.recipes.qat import qat_options, train_quantized
 from qmir_ao.recipes.tasks import SuperResolution, Task
 
@@ -128,10 +132,10 @@ def execute(
 
     Returns:
         A record with the settings, the loss, the seconds of a step, the bytes, what the
-        quantizers do to training patches (`quantizer_statistics`), and for each test set the PSNR
-        of the fake-quantized and PSNR and SSIM of the integer network. Where nothing of a network
-        lies on an integer grid it has no integer form: `not_lowered` says why, and bytes and
-        integer scores are missing.
+        quantizers do to training patches (`quantizer_statistics`, `layer_statistics`), and for each
+        test set the PSNR of the fake-quantized and PSNR and SSIM of the integer network. Where
+        nothing of a network lies on an integer grid it has no integer form: `not_lowered` says
+        why, and bytes and integer scores are missing.
     """
     options = qat_options(
         run.iterations,
@@ -152,13 +156,15 @@ def execute(
     seconds = time.perf_counter() - begin
     lowered, form = _lower(result.prepared, keep)
     patches = torch.stack([dataset[i][0] for i in range(run.batch)])
+    measured = measure_quantizers(result.prepared, patches)
     tail = result.losses[-max(1, run.iterations // 10) :]
     return {
         **asdict(run),
         "seconds_per_step": round(seconds / run.iterations, 4),
         "loss": sum(tail) / len(tail),
         **form,
-        "quantizers": quantizer_statistics(result.prepared, patches),
+        "quantizers": quantizer_statistics(measured),
+        "layers": layer_statistics(measured),
         "sets": _scores(bench, result.prepared, lowered),
     }
 

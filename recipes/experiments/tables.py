@@ -19,8 +19,8 @@ TITLES = {
     "operations_cut": "cut of operations, %",
     "latency": "latency, ms",
 }
-NOT_BUILT = {
-    "lpips": "LPIPS",
+NOT_MEASURED = {
+    "lpips": "LPIPS (`qmir eval --lpips alex` measures that of the saved networks)",
     "operations": "operations of quantized networks",
     "latency": "latency on a Jetson",
 }
@@ -120,8 +120,8 @@ def _origin(document: Document) -> str:
         '"simulated" is the fake-quantized one.'
     )
     metrics = {cell["metric"] for row in document["rows"] for cell in row["cells"]}
-    lacking = [name for metric, name in NOT_BUILT.items() if metric in metrics]
-    return f"{text} Not built: {', '.join(lacking)}." if lacking else text
+    lacking = [name for metric, name in NOT_MEASURED.items() if metric in metrics]
+    return f"{text} Not measured: {', '.join(lacking)}." if lacking else text
 
 
 def _float_training(facts: dict[str, Any]) -> str:

@@ -15,8 +15,11 @@ from qmir_ao.recipes.checkpoint import load_checkpoint, save_weights
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.experiments.registry import Budget
 from qmir_ao.recipes.images import Pixels, read_image, write_image
+from qmir_ao.recipes.models.edsr import EDSR
 from qmir_ao.recipes.models.mambair import MambaIR
 from qmir_ao.recipes.models.mambair_unet import MambaIRUNet
+from qmir_ao.recipes.models.mambairv2 import MambaIRv2
+from qmir_ao.recipes.models.swinir import SwinIR
 from qmir_ao.recipes.samples import HELD_OUT, TRAIN_IMAGES, package_images
 from qmir_ao.recipes.tasks import RealDenoising, Task
 from qmir_ao.recipes.train import TrainOptions, fit
@@ -26,6 +29,26 @@ CROP = 192
 SHOT, READ = 0.02, 0.02
 """Camera noise: variance `SHOT * x + READ**2` of a pixel x in [0, 1]."""
 SET_NAME = "scikit-image"
+
+_WINDOWED: dict[str, Any] = {"embed_dim": 32, "depths": (2,), "heads": (2,), "window": 8}
+REDUCED: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "edsr-baseline": (EDSR, {"features": 32, "blocks": 4}),
+    "swinir-light": (
+        SwinIR,
+        {**_WINDOWED, "upsampler": "pixelshuffledirect", "drop_path_rate": 0.0},
+    ),
+    "mambairv2": (
+        MambaIRv2,
+        {
+            **_WINDOWED,
+            "upsampler": "pixelshuffle",
+            "d_state": 8,
+            "inner_rank": 16,
+            "num_tokens": 32,
+        },
+    ),
+}
+"""Small networks for super-resolution, by the names of the zoo without their scale."""
 
 Progress = Callable[[int, int], None]
 
@@ -87,13 +110,23 @@ def _write(path: Path, pixels: Pixels) -> None:
         write_image(path, pixels)
 
 
-def reduced_model(task: Task) -> tuple[str, nn.Module]:
+def is_reducible(network: str) -> bool:
+    """Whether a network of the zoo has a small one of its class in `REDUCED`."""
+    return any(network.startswith(f"{family}-") for family in REDUCED)
+
+
+def reduced_model(task: Task, network: str = "") -> tuple[str, nn.Module]:
     """Name and fresh weights of a small network of the class that the paper has for a task.
 
     Args:
-        task: one that does not enlarge.
+        task: restoration task.
+        network: model of the zoo whose class it is to be; that of MambaIR, or of its U-Net for
+            camera noise, where it is empty.
     """
     torch.manual_seed(0)
+    for family, (build, arguments) in REDUCED.items():
+        if network.startswith(f"{family}-"):
+            return f"{family}-reduced-x{task.scale}", build(scale=task.scale, **arguments)
     if isinstance(task, RealDenoising):
         unet = MambaIRUNet(dim=32, depths=(1, 1, 1, 1), refinement=1, d_state=4, expand=1.0)
         return "mambair-unet-reduced", unet
@@ -109,16 +142,18 @@ def reduced_network(
     cache: Path,
     progress: Progress | None = None,
     skip_bad_images: bool = False,
+    network: str = "",
 ) -> tuple[str, nn.Module]:
     """`reduced_model` trained for a task, always with one seed; an older result is taken again.
 
     Args:
-        task: one that does not enlarge.
+        task: restoration task.
         folders: training images.
         budget: length of the training.
         cache: folder for the weights.
         progress: called with (done, total) after each step.
         skip_bad_images: leave out images that cannot be read.
+        network: see `reduced_model`.
 
     Returns:
         Name and network.
@@ -131,13 +166,13 @@ def reduced_network(
         loss=task.loss,
         save_every=0,
     )
-    network, model = reduced_model(task)
+    name, model = reduced_model(task, network)
     facts = {"task": task.title, "images": listing(folders), "options": options.to_dict()}
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    path = cache / f"{network}-{task.name}-{name}.safetensors"
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    path = cache / f"{name}-{task.name}-{digest}.safetensors"
     if path.is_file():
         load_checkpoint(model, path)
-        return network, model.eval()
+        return name, model.eval()
     data = PatchDataset(
         folders,
         task=task,
@@ -154,7 +189,7 @@ def reduced_network(
     result = fit(model, data, options, progress=tell)
     cache.mkdir(parents=True, exist_ok=True)
     save_weights(model, path, {"task": task.title, "loss": result.loss})
-    return network, model.eval()
+    return name, model.eval()
 
 
 def default_data(task: Task, folder: Path) -> tuple[Path, Path]:

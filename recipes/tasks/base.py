@@ -25,10 +25,12 @@ class Source:
     Attributes:
         name: file name, or number of a block.
         load: returns (input, ground truth), both (H, W, C).
+        check: reads the files and compares their sizes, without making an input.
     """
 
     name: str
     load: Callable[[], Pair]
+    check: Callable[[], object]
 
 
 class Task(ABC):
@@ -103,14 +105,16 @@ class Task(ABC):
     def pairs(self, folder: Path, inputs: Path | None = None) -> list[tuple[Path, Path | None]]:
         """Ground-truth files of a folder with their input files (None where they are made).
 
+        Further inputs are left alone: a folder of inputs may serve several of ground truth.
+
         Raises:
-            ImageError: no images, or ground truth without input.
+            ImageError: no images, ground truth without input, or two inputs of one name.
         """
         folder, inputs = self.locate(folder, inputs)
         truths = list_images(folder)
         if inputs is None:
             return [(path, None) for path in truths]
-        known = {p.stem: p for p in list_images(Path(inputs))}
+        known = _by_stem(list_images(Path(inputs)))
         found = {
             path: next((known[s] for s in self.input_stems(path) if s in known), None)
             for path in truths
@@ -154,11 +158,14 @@ class Task(ABC):
 
         Ground truth is always cut to a multiple of the scale: the published sets need it.
         """
+        image = self._test_truth(image, given, where)
+        return self.evaluation_input(image) if given is None else given, image
+
+    def _test_truth(self, image: Pixels, given: Pixels | None, where: Path) -> Pixels:
         image = crop_to_multiple(image, self.scale)
-        if given is None:
-            return self.evaluation_input(image), image
-        self._check_sizes(given, image, where)
-        return given, image
+        if given is not None:
+            self._check_sizes(given, image, where)
+        return image
 
     def sources(self, folder: Path, inputs: Path | None = None) -> list[Source]:
         """Test pairs of a folder, in the order of their names.
@@ -169,10 +176,22 @@ class Task(ABC):
 
         def source(truth: Path, low: Path | None) -> Source:
             return Source(
-                truth.name, lambda: self.test_pair(*self.read_pair(truth, low), where=truth)
+                truth.name,
+                lambda: self.test_pair(*self.read_pair(truth, low), where=truth),
+                lambda: self._test_truth(*self.read_pair(truth, low), where=truth),
             )
 
         return [source(truth, low) for truth, low in self.pairs(folder, inputs)]
+
+    def check_sources(self, folder: Path, inputs: Path | None = None) -> None:
+        """Read all test images of a folder, so that none of them fails after a long training.
+
+        Raises:
+            ImageError: no images, ground truth without input, a file that cannot be read, or sizes
+                that do not fit.
+        """
+        for source in self.sources(folder, inputs):
+            source.check()
 
     def _check_sizes(self, given: Pixels, image: Pixels, where: Path) -> None:
         h, w = (side * self.scale for side in given.shape[:2])
@@ -181,6 +200,18 @@ class Task(ABC):
                 f"{where}: {image.shape[1]}x{image.shape[0]} pixels do not match its input of "
                 f"{given.shape[1]}x{given.shape[0]} at scale {self.scale}; they must be {w}x{h}"
             )
+
+
+def _by_stem(paths: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        other = found.setdefault(path.stem, path)
+        if other is not path:
+            raise ImageError(
+                f"{path.parent}: {other.name} and {path.name} are both an input called "
+                f"{path.stem!r}; keep one of them"
+            )
+    return found
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -82,7 +82,7 @@ class RealDenoising(Task):
         def source(index: int) -> Source:
             image, block = divmod(index, clean.shape[1])
             pair = given[image, block], clean[image, block]
-            return Source(f"{image:02d}-{block:02d}", lambda: pair)
+            return Source(f"{image:02d}-{block:02d}", lambda: pair, lambda: pair)
 
         return [source(index) for index in range(clean.shape[0] * clean.shape[1])]
 

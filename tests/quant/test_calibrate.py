@@ -8,6 +8,7 @@ import qmir_ao
 from qmir_ao.errors import ConfigError, UnsupportedGraph
 from qmir_ao.quant._bases import CALIBRATION_ROWS, CALIBRATION_VALUES
 from qmir_ao.quant.fake_quant import DLSFakeQuantize
+from qmir_ao.quant.rivals.activations import QuantSRFakeQuantize
 from qmir_ao.quant.static import StaticFakeQuantize
 
 INITS = ("minmax", "percentile", "mse")
@@ -50,6 +51,33 @@ def test_minmax_is_exact_over_all_batches():
     step, shift = float(fake.step.detach()), float(fake.shift.detach())
     assert step * fake.quant_min - shift == pytest.approx(low, abs=1e-4)
     assert step * fake.quant_max - shift == pytest.approx(high, abs=1e-4)
+
+
+def test_minmax_keeps_the_ends_of_a_batch_long_gone():
+    fake = StaticFakeQuantize(8, init="minmax")
+    fake.begin_calibration()
+    torch.manual_seed(0)
+    for index in range(CALIBRATION_ROWS * 8):
+        batch = torch.randn(50)
+        if index == 1:
+            batch[:2] = torch.tensor([-1e3, 3e3])
+        fake(batch)
+    assert max(float(row.abs().max()) for row in fake._rows) < 1e3, "the sample keeps it anyway"
+    assert fake.finish_calibration()
+    step, shift = float(fake.step.detach()), float(fake.shift.detach())
+    assert step * fake.quant_min - shift == pytest.approx(-1e3, rel=1e-5)
+    assert step * fake.quant_max - shift == pytest.approx(3e3, rel=1e-5)
+
+
+def test_a_calibrated_quantsr_has_its_thresholds():
+    prepared = qmir_ao.prepare_ptq(ConvNet(), qmir_ao.get_qmir_qconfig(4, 4, activation="quantsr"))
+    qmir_ao.calibrate(prepared, _batches())
+    found = {n: m for n, m in prepared.named_modules() if isinstance(m, QuantSRFakeQuantize)}
+    sizes = [m.tau.numel() for m in found.values() if m.channel_dim is not None]
+    assert sizes and min(sizes) > 1
+    prepared.train()(_batches(1)[0]).square().mean().backward()
+    learned = [m.tau for m in found.values() if m.channel_dim is not None]
+    assert all(tau.grad is not None and tau.grad.shape == tau.shape for tau in learned)
 
 
 def test_percentile_ignores_an_outlier_that_minmax_follows():

@@ -103,6 +103,15 @@ def test_pact(bits, signed):
     assert _is_close(parameters["clip"], want.reshape(1))
 
 
+def test_published_starts_of_clipping_levels():
+    x, _ = _data(4)
+    for kind, want in (("pact", 10.0), ("pams", float(x.abs().amax((1, 2)).mean()))):
+        module = _module(kind, 4, preset="paper")
+        with torch.no_grad():
+            module(x)
+        assert float(module.clip.detach()) == pytest.approx(want, rel=1e-6)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_pams(bits):
     x, grad = _data(bits)
@@ -197,17 +206,81 @@ def test_n2uq_starts_on_the_searched_grid(bits):
     assert int(differs.sum()) <= 2 and float((got - want).abs().max()) < 1.001 * step
 
 
+def _n2uq_by_hand(x, grad, scale, start, widths, step, shift, low):
+    """Outputs and gradients of the module, value by value and segment by segment."""
+    values, dx = [], []
+    d_start, d_scale, d_step, d_widths = 0.0, 0.0, 0.0, [0.0] * len(widths)
+    edges = [start + sum(widths[:k]) for k in range(len(widths) + 1)]
+    for v, g in zip(x, grad, strict=True):
+        q = v * scale
+        code = sum(q > edge + width / 2 for edge, width in zip(edges, widths, strict=False))
+        values.append(step * (code + low) - shift)
+        d_step += g * (code + low)
+        k = sum(q > edge for edge in edges) - 1
+        inside = 0 <= k < len(widths)
+        slope = g * step / widths[k] if inside else 0.0
+        dx.append(slope * scale)
+        d_scale += slope * v
+        d_start -= slope
+        if inside:
+            d_widths[k] -= slope * (q - edges[k]) / widths[k]
+            for earlier in range(k):
+                d_widths[earlier] -= slope
+    gradients = {
+        "scale_in": [d_scale],
+        "start_in": [d_start],
+        "widths": d_widths,
+        "step": [d_step],
+        "shift": [-sum(grad)],
+    }
+    return values, dx, gradients
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_n2uq_with_unequal_intervals(bits):
+    x, grad = _data(bits)
+    module = _module("n2uq", bits)
+    with torch.no_grad():
+        module(x)
+        module.widths.mul_(torch.linspace(0.6, 1.5, module.widths.numel()))
+        module.scale_in.mul_(1.1)
+        module.start_in.sub_(0.05)
+    learned = {name: p.detach().double().tolist() for name, p in module.named_parameters()}
+    y, dx, parameters = _run(module, x, grad)
+    values, want, gradients = _n2uq_by_hand(
+        x.double().flatten().tolist(), grad.double().flatten().tolist(),
+        *(learned[name][0] for name in ("scale_in", "start_in")), learned["widths"],
+        *(learned[name][0] for name in ("step", "shift")), module.quant_min,
+    )  # fmt: skip
+    assert _is_close(y.flatten(), torch.tensor(values, dtype=torch.float64))
+    assert _is_close(dx.flatten(), torch.tensor(want, dtype=torch.float64))
+    assert set(parameters) == set(gradients)
+    for name, expected in gradients.items():
+        assert _is_close(parameters[name], torch.tensor(expected, dtype=torch.float64)), name
+
+
+def _published_start(kind: str, rows: Tensor, bits: int) -> Tensor:
+    top = 2 ** (bits - 1) - 1
+    if kind == "ste":
+        return rows.abs().amax(1) / top
+    if kind == "lsq+":
+        ends = [(rows.mean(1) + sign * 3 * rows.std(1)).abs() for sign in (-1, 1)]
+        return torch.maximum(*ends) / 2 ** (bits - 1)
+    return 2 * rows.abs().mean(1) / math.sqrt(top)
+
+
 def _rows(w: Tensor, per_channel: bool) -> Tensor:
     return w.double().reshape(w.shape[0], -1) if per_channel else w.double().reshape(1, -1)
 
 
+@pytest.mark.parametrize("preset", [None, "paper"])
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("kind", [name for name in WEIGHTS if name != "rfa"])
-def test_weights(kind, bits, granularity):
+def test_weights(kind, bits, granularity, preset):
     torch.manual_seed(1)
     w, grad = torch.randn(5, 3, 3, 3) * 0.2, torch.randn(5, 3, 3, 3)
-    module = _module(kind, bits, WEIGHTS, granularity=granularity)
+    module = _module(kind, bits, WEIGHTS, granularity=granularity, preset=preset)
     module.materialize(w)
     y, dw, parameters = _run(module, w, grad)
     rows, upstream = (
@@ -217,8 +290,12 @@ def test_weights(kind, bits, granularity):
     low, high, levels = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
     if kind in ("lsq", "lsq+", "ste", "soft", "quantsr"):
         step = module.step.detach().double().reshape(-1, 1)
+        if preset == "paper":
+            assert _is_close(step.flatten(), _published_start(kind, rows, bits))
         ratio = rows / step
-        codes, inside = ratio.clamp(low, high).round(), (ratio >= low) & (ratio <= high)
+        # The largest weight lies on the end of the grid, give or take the rounding of its step.
+        edge = 1e-6 * high
+        codes, inside = ratio.clamp(low, high).round(), (ratio >= low) & (ratio <= high + edge)
         fraction = ratio - torch.floor(ratio) - 0.5
         soft = (1 - torch.tanh(fraction) ** 2) / (2 * math.tanh(0.5))
         slope = soft if kind in ("soft", "quantsr") else torch.ones_like(ratio)
@@ -233,8 +310,9 @@ def test_weights(kind, bits, granularity):
     elif kind == "pact":
         bent = torch.tanh(rows)
         peak = bent.abs().amax(1, keepdim=True)
-        want = (2 * ((bent / peak * 0.5 + 0.5) * levels).round() / levels - 1) * peak
-        gradient = upstream * (1 - bent**2)
+        reach = torch.ones_like(peak) if preset == "paper" else peak
+        want = (2 * ((bent / peak * 0.5 + 0.5) * levels).round() / levels - 1) * reach
+        gradient = upstream * (1 - bent**2) * reach / peak
     else:
         gamma = levels / 2 ** (bits - 1) * rows.abs().mean(1, keepdim=True)
         unit = (rows / gamma).clamp(-1, 1) * 0.5 + 0.5

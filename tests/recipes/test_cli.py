@@ -14,7 +14,7 @@ import torch
 from support.torchvision_double import install
 
 import qmir_ao
-from qmir_ao.recipes import cli
+from qmir_ao.recipes import cli, start
 from qmir_ao.recipes.checkpoint import save_weights
 from qmir_ao.recipes.metrics import _perceptual
 from qmir_ao.recipes.models import create_model
@@ -69,6 +69,20 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert qmir_ao.__version__ in capsys.readouterr().out
+
+
+def test_the_entry_point_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["qmir", "--version"])
+    assert start.main() == 0
+    monkeypatch.delitem(sys.modules, "qmir_ao.recipes.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert start.main() == 2
+    assert "qmir needs typer, which is missing; pip install" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "qmir_ao.recipes.cli", None)
+    with pytest.raises(ModuleNotFoundError):
+        start.main()
 
 
 @pytest.mark.parametrize("line", ["", "nonsense", "eval", "info --nonsense x", "demo --seed x"])

@@ -1,8 +1,10 @@
 """`qmir reproduce qat-x2`: stages, records, kept networks and page, without training."""
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import cv2
@@ -19,6 +21,8 @@ from qmir_ao.recipes.experiments import compare_methods, evidence, jobs
 from qmir_ao.recipes.experiments.benches import Request, TestSet
 from qmir_ao.recipes.experiments.methods import METHODS, build_qconfig, get_method
 from qmir_ao.recipes.experiments.quantizer_statistics import (
+    layer_statistics,
+    measure_quantizers,
     quantizer_statistics,
     weight_quantizers,
 )
@@ -86,7 +90,9 @@ def test_every_stage_runs_once_and_results_are_written(
     for key in compare_methods.KEPT:
         kept = (tmp_path / "models" / f"{key}-w2a2" / "name").read_text()
         assert kept == Run(key, 2, 2, 0, learning_rate=3.2e-3, iterations=7).name
-    entries = json.loads((tmp_path / "qat-x2.json").read_text())
+    floats, *entries = json.loads((tmp_path / "qat-x2.json").read_text())
+    assert (floats["method"], floats["set"], floats["psnr_integer"]) == ("float", "Set5", None)
+    assert floats.keys() < entries[0].keys() and floats["psnr"] > 20
     assert {e["seconds_per_step"] for e in entries} == {0.125}
     assert {e["learning_rate"] for e in entries} == {3.2e-3}
     assert "**Unfinished" not in (tmp_path / "README.md").read_text()
@@ -125,7 +131,8 @@ def test_quantizer_statistics(method: str) -> None:
         qconfig = qmir_ao.get_qmir_qconfig(bits, bits, **get_method(method).settings)
         prepared = qmir_ao.prepare_qat(model, qconfig).train()
         prepared(image)
-        found[bits] = quantizer_statistics(prepared.eval(), image)
+        measured = measure_quantizers(prepared.eval(), image)
+        found[bits] = quantizer_statistics(measured)
         for kind in ("linear", "conv", "scan"):
             row = found[bits][kind]
             assert 0.0 <= row["clipped"] < 0.2
@@ -142,6 +149,13 @@ def test_quantizer_statistics(method: str) -> None:
     parts = [found[2][f"{kind} weights"]["count"] for kind in ("linear", "conv", "scan")]
     assert parts == [8, 22, 8] and sum(parts) == len(weights)
     assert ("threshold_movement" in found[2]["weights"]) == (method == "dls+rfa")
+    layers = layer_statistics(measured)
+    assert len({(row["layer"], row["kind"]) for row in layers}) == len(layers) == 50
+    for kind in ("linear", "conv", "scan"):
+        mine = [row["sqnr"] for row in layers if row["kind"] == kind]
+        assert fmean(mine) == pytest.approx(found[8][kind]["sqnr"], abs=1e-3)
+    scans = [row["layer"].split(", ")[1] for row in layers if row["kind"] == "scan"]
+    assert Counter(scans) == {f"{name} of the scan": 4 for name in ("u", "delta", "B", "C")}
 
 
 def test_moved_thresholds_are_measured() -> None:
@@ -153,10 +167,10 @@ def test_moved_thresholds_are_measured() -> None:
     kinds = weight_quantizers(prepared.eval())
     moved, kind = next((m, kind) for m, kind in kinds.items() if kind == "linear")
     layer = next(m for m in prepared.modules() if getattr(m, "weight_fake_quant", 0) is moved)
-    before = quantizer_statistics(prepared, image)
+    before = quantizer_statistics(measure_quantizers(prepared, image))
     with torch.no_grad():
         moved.thresholds[1] += 0.4  # -1 to -0.6: both midpoints beside it go up by 0.2
-    after = quantizer_statistics(prepared, image)
+    after = quantizer_statistics(measure_quantizers(prepared, image))
     count, name = before[f"{kind} weights"]["count"], f"{kind} weights"
     assert before[name]["moved_codes"] == before[name]["threshold_movement_max"] == 0.0
     assert after[name]["threshold_movement"] == pytest.approx(0.4 / 4 / count, abs=1e-4)

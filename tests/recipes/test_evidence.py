@@ -8,6 +8,7 @@ import pytest
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes.experiments import evidence
+from qmir_ao.recipes.experiments.comparison_plan import missing_runs
 from qmir_ao.recipes.experiments.evidence_page import write_page
 from qmir_ao.recipes.experiments.methods import METHODS, get_method
 from qmir_ao.recipes.experiments.rfa_study import component_runs
@@ -212,9 +213,41 @@ def test_what_rfa_adds_is_told_by_component_and_length(tmp_path: Path):
 def test_page_says_what_is_missing(tmp_path: Path):
     records = _records()
     text = _page(records, tmp_path)
-    assert "W2A2, fewer" not in text and "W4A4, not run: STE; LSQ;" in text
+    assert "- learning rates, 2 bits" not in text and "- seeds, 2 bits" not in text
+    assert "- learning rates, 4 bits: STE (3 runs); LSQ (3 runs);" in text
+    assert "- learning rates, 8 bits: DLS + RFA (3 runs); LSQ (3 runs)." in text
+    assert "- twice as long, 2 bits: LSQ (3 runs)" in text
+    assert "- RFA by component, 2 bits: DLS + RFA rfa_on=linear (3 runs)" in text
     one_seed = [r for r in records if r["method"] != "lsq" or r["seed"] == 0]
-    assert "W2A2, fewer rates or seeds: LSQ (3 rates, 1 seed)." in _page(one_seed, tmp_path)
+    assert "- seeds, 2 bits: LSQ (2 runs)." in _page(one_seed, tmp_path)
+    plain = [r for r in records if r["settings"] != {"cap": True}]
+    assert "- ablations, 2 bits: DLS + RFA cap=True (1 run)." in _page(plain, tmp_path)
+    left, planned = missing_runs(plain, evidence.ITERATIONS)
+    missing = {run.name for runs in left.values() for run in runs}
+    assert f"{len(missing)} of the {planned} runs of the plan are missing" in _page(plain, tmp_path)
+    assert len(missing) == planned - len(plain)
+
+
+def test_layers_are_compared_with_the_best_rival(tmp_path: Path):
+    records = _records()
+    best = max(
+        (r for r in records if not METHODS[r["method"]].ours and not r["settings"]),
+        key=lambda r: r["sets"]["Set5"]["psnr_integer"],
+    )["method"]
+    for record in records:
+        gain = 1.0 if record["method"] == "dls+rfa" else 0.0
+        row = {"clipped": 0.031, "entropy": 1.5}
+        record["layers"] = [
+            {"layer": "body.0", "kind": "conv", "sqnr": 7.0 + gain, **row},
+            {"layer": "body.1, B of the scan", "kind": "scan", "sqnr": 9.0 - gain, **row},
+        ]
+    text = _page(records, tmp_path)
+    assert "DLS + RFA has the higher SQNR before 1 of 2 readers" in text
+    rival = f"{METHODS[best].label}: SQNR, clipped, code entropy"
+    assert f"| layer that reads it | DLS + RFA: SQNR, clipped, code entropy | {rival} |" in text
+    assert "| body.0, conv | 8.0 dB, 3.1 %, 1.50 bits | 7.0 dB, 3.1 %, 1.50 bits |" in text
+    assert "| body.1, B of the scan | 8.0 dB" in text
+    assert "all layers" not in _page(_records(), tmp_path)
 
 
 def test_a_run_that_diverged_is_named_and_not_scored(tmp_path: Path):
@@ -223,7 +256,7 @@ def test_a_run_that_diverged_is_named_and_not_scored(tmp_path: Path):
     bare = {k: lost[k] for k in Run.__dataclass_fields__} | {"diverged": "the loss is nan"}
     text = _page([bare if r is lost else r for r in records], tmp_path)
     assert "Diverged, so without scores: PAMS, W2A2, rate 0.0008, seed 0." in text
-    assert "W2A2, fewer" not in text
+    assert "- learning rates, 2 bits" not in text
 
 
 def test_errors(tmp_path: Path):

@@ -64,8 +64,8 @@ def test_one_seed_has_no_spread() -> None:
 )
 def test_what_the_paper_has_no_column_for_is_not_missed(name: str, lacking: str | None) -> None:
     text = page(Request(name, FOLDER))
-    assert ("Not built:" in text) == (lacking is not None)
-    assert lacking is None or f"Not built: {lacking}." in text
+    assert ("Not measured:" in text) == (lacking is not None)
+    assert lacking is None or f"Not measured: {lacking} (" in text
 
 
 def test_float_training_is_told() -> None:

@@ -11,7 +11,7 @@ from support.training import write_ramp
 
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes import cli
-from qmir_ao.recipes.experiments import benches, jobs, runs
+from qmir_ao.recipes.experiments import benches, jobs, runs, tiny_data
 from qmir_ao.recipes.experiments.benches import Request, TestSet
 from qmir_ao.recipes.experiments.reproduce import reproduce
 from qmir_ao.recipes.experiments.runs import Run
@@ -39,13 +39,19 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     return done
 
 
-def test_other_networks_have_recipes_of_their_own(tmp_path: Path, photos: Path) -> None:
+def test_other_networks_have_recipes_of_their_own(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     swinir = benches.bench_recipe("light-sr-x4/swinir-light-x4")
     assert (swinir.model.name, swinir.task.scale) == ("swinir-light-x4", 4)
     tiny = [line for line in benches.plan(Request("table1", tmp_path)) if line.row.scale == 2]
+    for network in ("MambaIR", "MambaIRv2"):
+        assert any(line.parts for line in tiny if line.row.network == network)
+    monkeypatch.setattr(tiny_data, "REDUCED", {})
+    tiny = [line for line in benches.plan(Request("table1", tmp_path)) if line.row.scale == 2]
     of_v2 = {line.missing for line in tiny if line.row.network == "MambaIRv2"}
     assert "not run: scale tiny has no small MambaIRv2" in of_v2
-    assert all(line.missing for line in tiny if line.row.network == "MambaIRv2")
+    assert not any(line.parts for line in tiny if line.row.network == "MambaIRv2")
     assert any(line.parts for line in tiny if line.row.network == "MambaIR")
     wanted = ("light-sr-x4/swinir-light-x4", "light-sr-x4/edsr-baseline-x4")
     sets = tuple(TestSet(name, photos) for name in ("Set5", "Set14", "B100", "Urban100"))
@@ -97,6 +103,18 @@ def test_a_bad_image_is_named_and_left_out_on_request(
     assert len(stub) == 5
 
 
+def test_a_damaged_test_image_is_named_before_training(
+    tmp_path: Path, photos: Path, stub: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(photos, folder)
+    (folder / "zebra.png").write_bytes((folder / "ramp.png").read_bytes()[:60])
+    line = ["reproduce", "table6", "--train", str(photos), "--sets", f"Set5={folder}"]
+    assert cli.main([*line, "--skip-bad-images", "-o", str(tmp_path / "out")]) == 2
+    assert "zebra.png" in capsys.readouterr().err
+    assert not stub
+
+
 def test_a_network_without_an_integer_form_is_no_integer_result(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,5 +135,7 @@ def test_clamped_outputs_leave_nothing_for_integers(photos: Path) -> None:
     run = Run("dls+rfa", 2, 2, 0, iterations=1, batch=1, patch=16, settings={"clamp_output": True})
     record = runs.execute(run, bench, runs.open_dataset(bench, 16))
     assert "no operator of this graph runs on integer codes" in record["not_lowered"]
+    assert "because its input is clipped to its own range (clamp_output)" in record["not_lowered"]
+    assert "its u is clipped to its own range (clamp_output)" in record["not_lowered"]
     assert set(record["sets"]["own"]) == {"psnr", "ssim"}
     assert "weight_bytes" not in record

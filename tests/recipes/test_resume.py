@@ -211,9 +211,16 @@ def test_other_files_are_refused(folder: Path, tmp_path: Path, kind: str) -> Non
     else:
         size = 0 if kind == "empty" else newest.stat().st_size * 2 // 3
         newest.write_bytes(newest.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="step-000000004"):
+    with pytest.raises(CheckpointError, match="step-000000004") as refused:
         run(folder, resume=True)
     assert not canary.exists()
+    if kind != "no facts":
+        told = "Remove step-000000004.ckpt to go on from step-000000002.ckpt instead"
+        assert told in str(refused.value)
+        newest.unlink()
+        whole = upscaler()
+        run_here(OPTIONS, whole)
+        assert equal(run(folder, resume=True).state_dict(), whole.state_dict())
 
 
 def test_a_full_disk_stops_the_run_and_harms_nothing(
@@ -278,37 +285,47 @@ def test_the_command_line_resumes(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["images", whole.name, out.name])
 
 
+def noted(journal: Path) -> list[int]:
+    """Steps that a life of a run has noted; the last line may be cut off."""
+    return [int(line) for line in journal.read_text().split("\n")[:-1]] if journal.exists() else []
+
+
 @pytest.mark.slow
 def test_kills_at_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = settings(iterations=120, save_every=7)
+    options = settings(iterations=400, save_every=7)
     folder, journal = tmp_path / "checkpoints", tmp_path / "journal"
     result = tmp_path / "result.pt"
     whole = upscaler(bits=4)
     begin = time.monotonic()
     run_here(options, whole)
-    longest = (time.monotonic() - begin) / 3
+    step = (time.monotonic() - begin) / options.iterations
     # A fork server imports torch once; each child starts from there in milliseconds. It does not
     # take over sys.path before that import.
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.warm"])
     draw = random.Random(0)
-    for kill in range(KILLS + 1):
-        child = context.Process(target=run_until_killed, args=(folder, result, journal, options))
+    resumed = 0
+    for _ in range(KILLS):
         journal.unlink(missing_ok=True)
+        child = context.Process(target=run_until_killed, args=(folder, result, journal, options))
         child.start()
-        while not journal.exists() and child.is_alive():
-            child.join(0.002)
-        child.join(draw.uniform(0.0, longest) if kill < KILLS else 100)
-        if kill == KILLS:
-            break
+        lines = draw.randrange(1, 13)  # the first one is of the start, before any step
+        while child.is_alive() and len(noted(journal)) < lines:
+            child.join(step / 4)
+        child.join(draw.uniform(0.0, 2 * step))
         child.kill()
         child.join()
-        # The last line may be cut off.
-        steps = [int(line) for line in journal.read_text().split("\n")[:-1]]
+        assert child.exitcode == -signal.SIGKILL, "the run ended by itself"
+        steps = noted(journal)
+        resumed += len(steps) > 1 and steps[1] > 1
         newest = newest_checkpoint(folder)
         reached = 0 if newest is None else read_checkpoint(newest)["global_step"]
         assert len(list_checkpoints(folder)) <= KEPT + 1
-        assert max(steps, default=0) - reached <= options.save_every
-    assert child.exitcode == 0
+        assert max(steps) - reached <= options.save_every
+    assert resumed >= KILLS // 3
+    last = context.Process(target=run_until_killed, args=(folder, result, journal, options))
+    last.start()
+    last.join()
+    assert last.exitcode == 0
     assert equal(torch.load(result, weights_only=True), whole.state_dict())

@@ -131,6 +131,17 @@ def test_bad_folders_fail_before_training(
         with pytest.raises(ImageError, match="empty: holds no images"):
             changes = {key: [str(tmp_path / "empty")]}
             run_recipe(recipe("tiny-sr-x2", images, **changes), tmp_path / f"out-{key}")
+    tests, inputs = tmp_path / "tests", tmp_path / "inputs"
+    for folder, size in ((tests, (32, 32, 3)), (inputs, (16, 15, 3))):
+        folder.mkdir()
+        write_image(folder / "a.png", np.zeros(size, np.uint8))
+    changes = {"data.eval": [str(tests)], "data.eval_inputs": [str(inputs)]}
+    with pytest.raises(ImageError, match="do not match its input of 15x16"):
+        run_recipe(recipe("tiny-sr-x2", images, **changes), tmp_path / "out")
+    (tests / "b.png").write_bytes((tests / "a.png").read_bytes()[:50])
+    with pytest.raises(ImageError, match=r"b\.png: cannot be read"):
+        run_recipe(recipe("tiny-sr-x2", images, **{"data.eval": [str(tests)]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     (images / "broken.png").write_bytes(b"broken")
     with pytest.raises(ImageError, match=r"broken\.png"):
         run_recipe(recipe("tiny-sr-x2", images), tmp_path / "out")

@@ -142,6 +142,19 @@ def test_inputs_are_found_by_the_published_names(tmp_path: Path) -> None:
         SuperResolution(2).pairs(high, low)
 
 
+def test_two_inputs_of_one_name_are_refused_and_further_ones_are_not(tmp_path: Path) -> None:
+    truths, inputs = tmp_path / "truths", tmp_path / "inputs"
+    for folder, names in ((truths, ("a.png",)), (inputs, ("a.png", "z.png"))):
+        folder.mkdir()
+        for name in names:
+            write_image(folder / name, np.zeros((8, 8, 3), np.uint8))
+    task = GaussianDenoising(15.0)
+    assert [source.name for source in task.sources(truths, inputs)] == ["a.png"]
+    write_image(inputs / "a.bmp", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ImageError, match=r"a\.bmp and a\.png are both an input called 'a'"):
+        task.sources(truths, inputs)
+
+
 def make_pairs(folder: Path, names: tuple[str, str], size: int = 16) -> None:
     for index, name in enumerate(names):
         (folder / name).mkdir(parents=True)

@@ -14,7 +14,8 @@ import torch
 from support.training import Waves, settings, upscaler
 from torch import Tensor, nn
 
-from qmir_ao.errors import CheckpointError, ConfigError, NonFiniteError
+from qmir_ao.errors import CheckpointError, ConfigError, ImageError, NonFiniteError
+from qmir_ao.recipes import train as module
 from qmir_ao.recipes.checkpoint import read_metadata, read_weights
 from qmir_ao.recipes.data import PatchDataset
 from qmir_ao.recipes.images import write_image
@@ -58,6 +59,39 @@ def test_two_runs_with_one_seed_give_equal_weights(folder: Path, tmp_path: Path)
     assert json.loads(facts["options"]) == QUICK.to_dict() == dataclasses.asdict(QUICK)
     assert json.loads(facts["evaluation"])["psnr"] == first.evaluation.mean("psnr")
     assert not list(tmp_path.glob("*.snapshot.safetensors"))
+
+
+def test_bad_test_images_are_refused_before_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "fit", None)
+    out, tests, inputs = (tmp_path / name for name in ("a.safetensors", "tests", "inputs"))
+    tests.mkdir()
+    inputs.mkdir()
+    with pytest.raises(ImageError, match="holds no images"):
+        train("mambair-tiny-x2", [folder], out, QUICK, eval_folder=tests)
+    write_image(tests / "a.png", np.zeros((32, 32, 3), np.uint8))
+    write_image(inputs / "a.png", np.zeros((16, 15, 3), np.uint8))
+    with pytest.raises(ImageError, match=r"a\.png: 32x32 pixels do not match its input of 15x16"):
+        train("mambair-tiny-x2", [folder], out, QUICK, eval_folder=tests, eval_low_folder=inputs)
+    (tests / "b.png").write_bytes((tests / "a.png").read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"b\.png: cannot be read"):
+        train("mambair-tiny-x2", [folder], out, QUICK, eval_folder=tests)
+
+
+def test_weights_are_saved_before_they_are_scored(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **more: Any) -> None:
+        raise ImageError("gone")
+
+    out = tmp_path / "a.safetensors"
+    with monkeypatch.context() as patched, pytest.raises(ImageError, match="gone"):
+        patched.setattr(module, "evaluate", fails)
+        train("mambair-tiny-x2", [folder], out, QUICK, eval_folder=folder)
+    assert "evaluation" not in read_metadata(out)
+    train("mambair-tiny-x2", [folder], out, QUICK, eval_folder=folder)
+    assert "psnr" in json.loads(read_metadata(out)["evaluation"])
 
 
 class Scale(nn.Module):
@@ -134,7 +168,9 @@ def test_non_finite_loss_stops(folder: Path, tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"schedule": "linear"}, "schedule"),
-        ({"clip": -1.0}, "clip"),
+        ({"clip": -1.0}, r"clip must be at least 0, got -1\.0"),
+        ({"seed": -3}, "seed must be at least 0, got -3"),
+        ({"save_every": -1}, "save_every must be at least 0, got -1"),
         ({"max_minutes": 0.0}, "max_minutes"),
         ({"precision": "16-mixed"}, "precision must be one of"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1, got 1.0"),

@@ -4,7 +4,7 @@ All are static: step and shift do not depend on the input, so each is a DLS with
 is lowered. Every one starts from a first batch.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -116,12 +116,23 @@ class QuantSRFakeQuantize(SoftSTEFakeQuantize):
             self.channel_dim = -1
         self.tau.requires_grad_(self.channel_dim is not None)
 
+    def observe(self, x: Tensor) -> Tensor:
+        """Keep a sample; the first batch gives the number of thresholds."""
+        if self._seen == 0:
+            self._size_thresholds(x)
+        return cast(Tensor, super().observe(x))
+
     def start(self, values: Tensor) -> None:
         """LSQ's start, and a threshold of zero for each channel."""
         super().start(values)
-        if self.channel_dim is not None and values.dim() > 1:
-            shape = [1] * values.dim()
-            shape[self.channel_dim] = values.shape[self.channel_dim]
+        # A calibration's sample is flat: `observe` has seen the channels.
+        if values.dim() > 1:
+            self._size_thresholds(values)
+
+    def _size_thresholds(self, x: Tensor) -> None:
+        if self.channel_dim is not None and x.numel():
+            shape = [1] * x.dim()
+            shape[self.channel_dim] = x.shape[self.channel_dim]
             self.tau.data = torch.zeros(shape).to(self.tau)
 
     def may_resize(self, name: str, saved: Tensor) -> bool:
@@ -207,8 +218,10 @@ class PACTFakeQuantize(_ClipFakeQuantize):
 class PAMSFakeQuantize(_ClipFakeQuantize):
     """PAMS: a learned, symmetric clipping level with the gradient of the whole expression.
 
-    Arguments and errors as `StaticFakeQuantize`; `init="minmax"` by default follows the published
-    first epoch, in which the level is the largest magnitude.
+    In the published first epoch nothing is clipped and the level follows each batch: the mean over
+    its images of their largest magnitude. Here the first batch alone sets it, with
+    `preset="paper"` to that mean, otherwise to the largest magnitude of all (`init="minmax"`).
+    Arguments and errors as `StaticFakeQuantize`.
 
     Source: Li et al., PAMS (ECCV 2020), and its code.
     """
@@ -217,6 +230,12 @@ class PAMSFakeQuantize(_ClipFakeQuantize):
 
     def __init__(self, bits: int = 4, *, signed: str = "always", **settings: Any) -> None:
         super().__init__(bits, signed=signed, **settings)
+
+    def start(self, values: Tensor) -> None:
+        """The published level of a first batch, or a level as `init` says."""
+        if self.preset is None or values.dim() < 2:
+            return super().start(values)
+        self.clip.copy_(values.flatten(1).abs().amax(1).mean().clamp(min=STEP_FLOOR))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Values on the grid; inside the clip the level moves by the rounding error."""
