@@ -1,7 +1,8 @@
 """What RFA adds to DLS: by component of the network, by length of training, and its thresholds."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from dataclasses import replace
+from statistics import fmean, stdev
 from typing import Any
 
 from qmir_ao.recipes.experiments.evidence import (
@@ -18,6 +19,8 @@ from qmir_ao.recipes.experiments.runs import Run
 from qmir_ao.recipes.experiments.tables import table
 
 WITHOUT = "dls"
+PAIRS = {(DEFAULT, WITHOUT): "DLS", ("rfa", "lsq"): "LSQ's activations"}
+"""Methods with RFA and without it, and what quantizes their activations."""
 _ALL, _NONE = "all weights", "no weights (LSQ on all)"
 LABELS = {
     "linear": "linear layers",
@@ -58,7 +61,8 @@ def rfa_lines(records: Records, width: int, iterations: int) -> list[str]:
     variants = _variants(same)
     if len(variants) < 2:
         return []
-    lines = [f"## What RFA adds, {width} bits", "", *_verdict(variants), ""]
+    verdict = [*_verdict(variants), *_pairs(records)]
+    lines = [f"## What RFA adds, {width} bits", "", *verdict, ""]
     return [*lines, *_scores(variants), "", *_thresholds(variants[_ALL])]
 
 
@@ -92,6 +96,27 @@ def _verdict(variants: Variants) -> list[str]:
             lines.append(
                 f"- After {length} iterations RFA's weights give {format_cell(gain, sign=True)} dB "
                 f"over LSQ's, the mean of the sets on {counted(len(gains), 'seed')}."
+            )
+    return lines
+
+
+def _pairs(records: Records) -> list[str]:
+    """RFA against LSQ weights over all runs that differ in nothing else, whatever their width."""
+    lines = []
+    for (with_rfa, without), under in PAIRS.items():
+        scores: dict[str, dict[str, float]] = {with_rfa: {}, without: {}}
+        for r in records:
+            if r["method"] in scores and not r["settings"]:
+                run = Run(**{key: r[key] for key in Run.__dataclass_fields__})
+                scores[r["method"]][replace(run, method="").name] = _mean(r)
+        shared = scores[with_rfa].keys() & scores[without].keys()
+        gains = [scores[with_rfa][key] - scores[without][key] for key in sorted(shared)]
+        if len(gains) > 1:
+            error = stdev(gains) / len(gains) ** 0.5
+            lines.append(
+                f"- Under {under}, over all {len(gains)} pairs of runs that differ in nothing else "
+                f"(widths, rates, lengths, seeds), they give {fmean(gains):+.3f} dB, with a "
+                f"standard error of {error:.3f}."
             )
     return lines
 

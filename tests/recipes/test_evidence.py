@@ -1,6 +1,7 @@
 """The comparison of methods: its plan, its records and its page, from made-up runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,29 @@ def test_what_rfa_adds_is_told_by_component_and_length(tmp_path: Path):
     assert "| linear layers |  | 36.400 (1) |" in section
     row = "| 1000 | projections of the scans | 8 | 0.030, 0.110 | 1.23 % | 9.00 dB | 9.10 dB |"
     assert row in section
+
+
+def test_rfa_is_judged_on_all_pairs_of_runs(tmp_path: Path):
+    def scored(method: str, width: int, rate: float, psnr: float, **settings: Any) -> dict:
+        run = Run(method, width, width, 0, learning_rate=rate, iterations=evidence.ITERATIONS)
+        return _record(replace(run, settings=settings), psnr)
+
+    records = [
+        *(scored("dls", width, rate, 36.0) for width in (2, 4) for rate in (8e-4, 1.6e-3)),
+        scored("dls+rfa", 2, 8e-4, 36.3),
+        scored("dls+rfa", 2, 1.6e-3, 36.1),
+        scored("dls+rfa", 4, 8e-4, 35.9),
+        # Neither a run without a partner nor one with something else changed is in a pair.
+        scored("dls+rfa", 4, 3.2e-3, 39.0),
+        scored("dls+rfa", 4, 1.6e-3, 39.0, cap=True),
+        scored("rfa", 2, 8e-4, 36.0),
+        scored("lsq", 2, 8e-4, 35.0),
+    ]
+    section = _page(records, tmp_path).split("## What RFA adds, 2 bits")[1].split("## ")[0]
+    assert "Under DLS, over all 3 pairs of runs that differ in nothing else" in section
+    # Gains of 0.3, 0.1 and -0.1 dB: their deviation is 0.2.
+    assert "give +0.100 dB, with a standard error of 0.115" in section
+    assert "LSQ's activations" not in section
 
 
 def test_page_says_what_is_missing(tmp_path: Path):
