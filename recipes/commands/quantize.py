@@ -15,8 +15,10 @@ from qmir_ao.recipes.console import emit_facts, emit_json, progress, status
 from qmir_ao.recipes.distributed import is_main, wait
 
 if TYPE_CHECKING:
+    from qmir_ao.recipes.data import PatchDataset
     from qmir_ao.recipes.loading import LoadedModel
     from qmir_ao.recipes.qat import QATResult
+    from qmir_ao.recipes.train import TrainOptions
 
 QAT_WEIGHTS = "qat.safetensors"
 
@@ -32,6 +34,12 @@ def quantize(
     bits: Annotated[int, typer.Option(help="Bits of weights and activations.")] = 4,
     weight_bits: Annotated[int | None, typer.Option(help="Bits of weights only.")] = None,
     act_bits: Annotated[int | None, typer.Option(help="Bits of activations only.")] = None,
+    activation: Annotated[
+        str, typer.Option(help="Quantizer of activations: dls, or a rival such as lsq.")
+    ] = "dls",
+    weight: Annotated[
+        str, typer.Option(help="Quantizer of weights: rfa, or a rival such as lsq.")
+    ] = "rfa",
     iterations: options.Iterations = 2000,
     batch: options.Batch = 4,
     patch: options.Patch = 32,
@@ -54,7 +62,6 @@ def quantize(
     _check_output(output)
     with status("loading the model"):
         import qmir_ao
-        from qmir_ao.recipes.data import PatchDataset
         from qmir_ao.recipes.loading import load_model
         from qmir_ao.recipes.qat import qat_options, train_quantized
 
@@ -73,19 +80,10 @@ def quantize(
             "weight_bits": bits if weight_bits is None else weight_bits,
             "act_bits": bits if act_bits is None else act_bits,
         }
-        qconfig = qmir_ao.get_qmir_qconfig(widths["weight_bits"], widths["act_bits"])
+        qconfig = qmir_ao.get_qmir_qconfig(**widths, activation=activation, weight=weight)
         loaded = load_model(model, arch)
     _check_model(loaded)
-    with progress("reading images") as report:
-        dataset = PatchDataset(
-            folders,
-            scale=loaded.scale,
-            patch=patch,
-            length=batch * iterations,
-            seed=seed,
-            skip_bad_images=skip_bad_images,
-            progress=report,
-        )
+    dataset = _read_images(folders, loaded.scale, settings, skip_bad_images)
     label = f"training {loaded.name} at W{widths['weight_bits']}A{widths['act_bits']}"
     checkpoints = options.checkpoint_folder(output, save_every)
     with progress(label) as report:
@@ -99,8 +97,26 @@ def quantize(
             resume=resume,
         )
     if is_main():
-        _finish(result, {"model": loaded.name, **widths}, output, checkpoints, as_json)
+        facts = {"model": loaded.name, **widths, "activation": activation, "weight": weight}
+        _finish(result, facts, output, checkpoints, as_json)
     wait()
+
+
+def _read_images(
+    folders: list[Path], scale: int, options: "TrainOptions", skip_bad_images: bool
+) -> "PatchDataset":
+    from qmir_ao.recipes.data import PatchDataset
+
+    with progress("reading images") as report:
+        return PatchDataset(
+            folders,
+            scale=scale,
+            patch=options.patch,
+            length=options.batch * options.iterations,
+            seed=options.seed,
+            skip_bad_images=skip_bad_images,
+            progress=report,
+        )
 
 
 def _finish(

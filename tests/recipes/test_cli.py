@@ -15,7 +15,7 @@ from support.torchvision_double import install
 
 import qmir_ao
 from qmir_ao.recipes import cli, start
-from qmir_ao.recipes.checkpoint import save_weights
+from qmir_ao.recipes.checkpoint import read_weights, save_weights
 from qmir_ao.recipes.metrics import _perceptual
 from qmir_ao.recipes.models import create_model
 from qmir_ao.recipes.models.registry import MODELS
@@ -371,6 +371,26 @@ def test_quantize_refuses_unknown_bits(
     assert cli.main([*line, "--bits", bits]) == 2
     assert "bits" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_quantize_takes_a_rival(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    write_png(images / "a.png", (40, 40, 3))
+    out = tmp_path / "out"
+    line = ["quantize", str(weights), str(images), "-o", str(out), "--iterations", "1"]
+    line += ["--batch", "1", "--patch", "16", "--activation", "lsq", "--weight"]
+    assert cli.main([*line, "rfaa"]) == 2
+    assert "allowed: 'rfa'" in capsys.readouterr().err
+    assert cli.main([*line, "quantsr", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["activation"], facts["weight"]) == ("lsq", "quantsr")
+    trained = read_weights(out / "qat.safetensors")
+    # LSQ's activations have one step and no scalars of DLS; QuantSR's weights have no thresholds.
+    assert any(key.endswith("activation_post_process_0.step") for key in trained)
+    assert not any("scale_weights" in key or "thresholds" in key for key in trained)
 
 
 def test_quantize_overwrites_nothing(
