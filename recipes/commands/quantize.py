@@ -80,7 +80,7 @@ def quantize(
             "weight_bits": bits if weight_bits is None else weight_bits,
             "act_bits": bits if act_bits is None else act_bits,
         }
-        qconfig = qmir_ao.get_qmir_qconfig(**widths, activation=activation, weight=weight)
+        qconfig = qmir_ao.get_qmir_qconfig(*widths.values(), activation=activation, weight=weight)
         loaded = load_model(model, arch)
     _check_model(loaded)
     dataset = _read_images(folders, loaded.scale, settings, skip_bad_images)
