@@ -58,7 +58,17 @@ def _main_table(
         name = f"**{label}**" if key == DEFAULT else label
         shown.append([name, f"{rates[key]:g}", f"{count}", *values])
     title = f"## {width}-bit weights and activations"
-    return [title, "", *markdown_table(head, shown), "", *_verdict(scores, sets, float_psnr), ""]
+    verdict = [*_verdict(scores, sets, float_psnr), *_duration(entries, width)]
+    return [title, "", *markdown_table(head, shown), "", *verdict, ""]
+
+
+def _duration(entries: Records, width: int) -> list[str]:
+    """How long the default trains for these numbers."""
+    return [
+        f"- Training DLS + RFA takes {e['iterations'] * e['seconds_per_step'] / 60:.1f} minutes."
+        for e in entries
+        if e["method"] == DEFAULT and e["weight_bits"] == width
+    ][:1]
 
 
 def _verdict(

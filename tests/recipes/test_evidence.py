@@ -158,6 +158,7 @@ def test_page_says_what_the_numbers_say(tmp_path: Path):
     assert "**DLS + RFA**" in text and "### DLS initialisation, 2 bits" in text
     assert "ahead of the best rival, N2UQ, beyond the seeds' spread" in text
     assert "Set5: DLS + RFA is 0.909 dB below float32" in text
+    assert "Training DLS + RFA takes 0.8 minutes." in text  # 500 steps of 0.1 s
     assert "| DLS + RFA | 9.0 dB, 4.0 %, 1.50 bits | " in text
     assert "thresholds moved by 0.125 steps" in text
     assert (tmp_path / "qat-x2-w2a2.png").stat().st_size > 10_000
