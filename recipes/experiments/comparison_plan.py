@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from qmir_ao.recipes.experiments.ablations import ablation_runs
 from qmir_ao.recipes.experiments.evidence import (
     DEFAULT,
     EIGHT_BIT_METHODS,
     SEEDS,
     WIDTHS,
-    ablation_runs,
     best_rates,
     longer_runs,
     of_length,

@@ -29,39 +29,6 @@ EIGHT_BIT_METHODS = ("dls+rfa", "lsq")
 LONGER_METHODS = ("dls+rfa", "dls", "rfa", "lsq", "lsq+", "quantsr", "n2uq")
 """Methods that also train twice as long."""
 ITERATIONS = COMPARISON.budget.iterations
-ABLATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "DLS initialisation": [
-        ("mse", {}),
-        *(
-            (init, {"init": init})
-            for init in ("closed_form", "mu3s", "mu4s", "minmax", "mu_halfrange", "mid3s")
-        ),
-    ],
-    "DLS statistics": [
-        ("token", {}),
-        ("sample", {"statistics": "sample"}),
-        ("tensor", {"statistics": "tensor"}),
-    ],
-    "DLS additions": [
-        ("statistics per token, channel shift", {}),
-        ("without statistics per token", {"statistics": "sample"}),
-        ("without channel shift", {"channel_shift": False}),
-        ("without both", {"statistics": "sample", "channel_shift": False}),
-    ],
-    "DLS step and output": [
-        ("free", {}),
-        ("cap", {"cap": True}),
-        ("output clamp", {"clamp_output": True}),
-        ("cap and output clamp", {"cap": True, "clamp_output": True}),
-    ],
-    "RFA granularity": [
-        ("per output channel", {}),
-        ("per tensor", {"granularity": "per_tensor"}),
-    ],
-    "Placement": [("paper", {}), ("published code", {"placement": "official"})],
-    "Preset": [("default", {}), ("paper", {"preset": "paper"})],
-}
-"""Tables of the ablation: row label and changes to the default's settings."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +60,11 @@ def counted(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
 
 
+def mean_score(record: Mapping[str, Any], score: str = "psnr_integer") -> float:
+    """One score of a run, the mean over its sets."""
+    return fmean(s[score] for s in record["sets"].values())
+
+
 def cells_of(runs: Sequence[dict[str, Any]], score: str = "psnr_integer") -> dict[str, Cell]:
     """Set to scores over some runs."""
     return {name: Cell(tuple(r["sets"][name][score] for r in runs)) for name in runs[0]["sets"]}
@@ -117,8 +89,7 @@ def best_rates(records: Iterable[dict[str, Any]], width: int) -> dict[str, float
     scores: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for r in records:
         if not r["settings"] and r["weight_bits"] == width:
-            score = fmean(s["psnr_integer"] for s in r["sets"].values())
-            scores[r["method"]][r["learning_rate"]][r["seed"]] = score
+            scores[r["method"]][r["learning_rate"]][r["seed"]] = mean_score(r)
     best = {}
     for method, by_rate in scores.items():
         started = {rate: seeds for rate, seeds in by_rate.items() if SEEDS[0] in seeds}
@@ -168,21 +139,6 @@ def longer_runs(rates: dict[str, float], width: int, iterations: int = ITERATION
 def of_length(records: Iterable[dict[str, Any]], iterations: int) -> list[dict[str, Any]]:
     """The runs of that many iterations that did not diverge: those that can be compared."""
     return [r for r in records if r["iterations"] == iterations and "diverged" not in r]
-
-
-def ablation_runs(
-    rate: float, width: int, iterations: int = ITERATIONS, seeds: Sequence[int] = SEEDS
-) -> list[Run]:
-    """The default with one thing changed at a time."""
-    changes = {json.dumps(s, sort_keys=True): s for rows in ABLATIONS.values() for _, s in rows}
-    return [
-        Run(
-            DEFAULT, width, width, seed, learning_rate=rate, iterations=iterations,
-            settings=settings,
-        )
-        for seed in seeds
-        for settings in changes.values()
-    ]  # fmt: skip
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -271,33 +227,3 @@ def table(
         for method, sets in found.items()
     }
     return dict(sorted(cells.items(), key=lambda kv: -fmean(c.mean for c in kv[1].values())))
-
-
-def ablation_table(
-    records: Sequence[dict[str, Any]], width: int
-) -> dict[str, list[tuple[str, dict[str, Cell]]]]:
-    """Title to rows of (label, set to scores); a row without a run is left out.
-
-    Scores are of the integer network; where there is none the label says that they are simulated.
-    """
-    rate = best_rates(records, width).get(DEFAULT)
-    result = {}
-    for title, variants in ABLATIONS.items():
-        lines = []
-        for label, settings in variants:
-            hits = [
-                r
-                for r in records
-                if r["method"] == DEFAULT
-                and r["settings"] == settings
-                and r["weight_bits"] == width
-                and r["learning_rate"] == rate
-            ]
-            if hits:
-                whole = not any("not_lowered" in r for r in hits)
-                score = "psnr_integer" if whole else "psnr"
-                told = label if whole else f"{label} (simulated: no integer form)"
-                lines.append((told, cells_of(hits, score)))
-        if lines:
-            result[title] = lines
-    return result

@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qmir_ao.recipes.experiments.ablations import ablation_table
 from qmir_ao.recipes.experiments.comparison_plan import missing_runs
 from qmir_ao.recipes.experiments.evidence import (
     DEFAULT,
-    SEEDS,
     Cell,
-    ablation_table,
     best_rates,
-    best_runs,
     counted,
     format_cell,
     of_length,
@@ -21,6 +19,7 @@ from qmir_ao.recipes.experiments.evidence import (
 )
 from qmir_ao.recipes.experiments.evidence import WIDTHS as SEARCHED_WIDTHS
 from qmir_ao.recipes.experiments.methods import METHODS
+from qmir_ao.recipes.experiments.quantizer_tables import quantizer_lines
 from qmir_ao.recipes.experiments.rfa_study import rfa_lines
 from qmir_ao.recipes.experiments.runs import Run
 from qmir_ao.recipes.experiments.tables import table as markdown_table
@@ -119,76 +118,19 @@ def _ablations(records: Records, width: int) -> list[str]:
     for title, variants in ablation_table(records, width).items():
         if len(variants) < 2:
             continue
-        sets = list(variants[0][1])
+        sets = list(variants[0].cells)
         shown = [
-            [label, f"{len(cells[sets[0]].values)}", *(format_cell(cells[n]) for n in sets)]
-            for label, cells in variants
+            [
+                v.label,
+                f"{len(v.cells[sets[0]].values)}",
+                *(format_cell(v.cells[name]) for name in sets),
+                "" if v.gain is None else format_cell(v.gain, sign=True),
+            ]
+            for v in variants
         ]
         lines += [f"### {title}, {width} bits", ""]
-        lines += [*markdown_table(["variant", "seeds", *sets], shown), ""]
+        lines += [*markdown_table(["variant", "seeds", *sets, "gain, same seeds"], shown), ""]
     return lines
-
-
-def _quantizers(records: Records, width: int) -> list[str]:
-    """What the quantizers of each method do, from the runs of the first seed at the best rates."""
-    found = {
-        r["method"]: r["quantizers"]
-        for r in best_runs(records, width)
-        if r["seed"] == SEEDS[0] and "quantizers" in r
-    }
-    if not found:
-        return []
-    kinds = ("linear", "conv", "scan")
-    head = ["method", *(f"{kind}: SQNR, clipped, code entropy" for kind in kinds), "weights: SQNR"]
-    shown = []
-    for key in sorted(found, key=lambda key: -found[key]["linear"]["sqnr"]):
-        parts = [found[key].get(kind) for kind in kinds]
-        cells = [_digits(part) if part else "" for part in parts]
-        weights = found[key]["weights"]
-        told = f"{weights['sqnr']:.1f} dB"
-        if "threshold_movement" in weights:
-            told += f", thresholds moved by {weights['threshold_movement']:.3f} steps"
-        shown.append([METHODS[key].label, *cells, told])
-    return [f"### What the quantizers do, {width} bits", "", *markdown_table(head, shown), ""]
-
-
-def _layers(records: Records, entries: Records, width: int) -> list[str]:
-    """The quantizers one by one, of the default and of the best rival, first seed."""
-    rivals = [key for key in table(entries, width) if not METHODS[key].ours]
-    found = {
-        r["method"]: {(row["layer"], row["kind"]): row for row in r["layers"]}
-        for r in best_runs(records, width)
-        if r["seed"] == SEEDS[0] and "layers" in r and r["method"] in (DEFAULT, *rivals[:1])
-    }
-    if len(found) < 2:
-        return []
-    ours, other = found[DEFAULT], found[rivals[0]]
-    shown = [
-        [
-            layer if kind in layer else f"{layer}, {kind}",
-            *(_digits(row) for row in (ours[layer, kind], other[layer, kind])),
-        ]
-        for layer, kind in ours
-        if (layer, kind) in other
-    ]
-    higher = sum(row["sqnr"] > other[key]["sqnr"] for key, row in ours.items() if key in other)
-    labels = [METHODS[key].label for key in (DEFAULT, rivals[0])]
-    head = ["layer that reads it", *(f"{name}: SQNR, clipped, code entropy" for name in labels)]
-    return [
-        f"Layer by layer, {labels[0]} has the higher SQNR before {higher} of {len(shown)} readers, "
-        f"the best rival, {labels[1]}, before the others.",
-        "",
-        "<details><summary>all layers</summary>",
-        "",
-        *markdown_table(head, shown),
-        "",
-        "</details>",
-        "",
-    ]
-
-
-def _digits(row: Mapping[str, float]) -> str:
-    return f"{row['sqnr']:.1f} dB, {100 * row['clipped']:.1f} %, {row['entropy']:.2f} bits"
 
 
 def _lengths(records: Records) -> list[str]:
@@ -282,7 +224,7 @@ def write_page(
         if part and _plot(entries, width, float_psnr, folder / f"qat-x2-w{width}a{width}.png"):
             lines += part
             lines += [f"![PSNR of every method](qat-x2-w{width}a{width}.png)", ""]
-            lines += _quantizers(records, width) + _layers(records, entries, width)
+            lines += quantizer_lines(records, entries, width)
     lines += _lengths(everything)
     lines += rfa_lines(
         [r for r in everything if "diverged" not in r], SEARCHED_WIDTHS[0], iterations

@@ -13,6 +13,7 @@ from qmir_ao.recipes.experiments.evidence import (
     cells_of,
     counted,
     format_cell,
+    mean_score,
 )
 from qmir_ao.recipes.experiments.methods import RFA_COMPONENTS
 from qmir_ao.recipes.experiments.runs import Run
@@ -90,7 +91,9 @@ def _verdict(variants: Variants) -> list[str]:
     lines = []
     for length, with_rfa in variants[_ALL].items():
         without = {r["seed"]: r for r in variants.get(_NONE, {}).get(length, ())}
-        gains = [_mean(r) - _mean(without[r["seed"]]) for r in with_rfa if r["seed"] in without]
+        gains = [
+            mean_score(r) - mean_score(without[r["seed"]]) for r in with_rfa if r["seed"] in without
+        ]
         if gains:
             gain = Cell(tuple(gains))
             lines.append(
@@ -108,7 +111,7 @@ def _pairs(records: Records) -> list[str]:
         for r in records:
             if r["method"] in scores and not r["settings"]:
                 run = Run(**{key: r[key] for key in Run.__dataclass_fields__})
-                scores[r["method"]][replace(run, method="").name] = _mean(r)
+                scores[r["method"]][replace(run, method="").name] = mean_score(r)
         shared = scores[with_rfa].keys() & scores[without].keys()
         gains = [scores[with_rfa][key] - scores[without][key] for key in sorted(shared)]
         if len(gains) > 1:
@@ -119,10 +122,6 @@ def _pairs(records: Records) -> list[str]:
                 f"standard error of {error:.3f}."
             )
     return lines
-
-
-def _mean(record: Mapping[str, Any]) -> float:
-    return fmean(s["psnr_integer"] for s in record["sets"].values())
 
 
 def _scores(variants: Variants) -> list[str]:

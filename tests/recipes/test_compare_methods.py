@@ -17,7 +17,7 @@ import qmir_ao
 from qmir_ao import DLSFakeQuantize, RFAFakeQuantize
 from qmir_ao.errors import ConfigError
 from qmir_ao.recipes import cli
-from qmir_ao.recipes.experiments import compare_methods, evidence, jobs
+from qmir_ao.recipes.experiments import ablations, compare_methods, evidence, jobs
 from qmir_ao.recipes.experiments.benches import Request, TestSet
 from qmir_ao.recipes.experiments.methods import METHODS, build_qconfig, get_method
 from qmir_ao.recipes.experiments.quantizer_statistics import (
@@ -72,7 +72,7 @@ def test_every_stage_runs_once_and_results_are_written(
     assert _command(tmp_path, photos) == 0
     names = [run.name for run in trained]
     assert len(names) == len(set(names))
-    changed = {tuple(s.items()) for table in evidence.ABLATIONS.values() for _, s in table if s}
+    changed = {tuple(s.items()) for table in ablations.ABLATIONS.values() for _, s in table if s}
     assert len([run for run in trained if run.settings and run.iterations == 7]) == len(changed)
     assert all(run.learning_rate == 3.2e-3 for run in trained if run.seed)
     whole = [run for run in trained if run.iterations == 14 and not run.settings]

@@ -1,0 +1,83 @@
+"""What the quantizers of the compared methods do, by kind of reader and layer by layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qmir_ao.recipes.experiments.evidence import DEFAULT, SEEDS, best_runs, table
+from qmir_ao.recipes.experiments.methods import METHODS
+from qmir_ao.recipes.experiments.tables import table as markdown_table
+
+Records = Sequence[dict[str, Any]]
+
+
+def quantizer_lines(records: Records, entries: Records, width: int) -> list[str]:
+    """The section of the page at one width, empty where no record has statistics.
+
+    Args:
+        records: of one length.
+        entries: their rows, from `evidence.rows`.
+        width: bits.
+    """
+    return [*_kinds(records, width), *_layers(records, entries, width)]
+
+
+def _kinds(records: Records, width: int) -> list[str]:
+    """What the quantizers of each method do, from the runs of the first seed at the best rates."""
+    found = {
+        r["method"]: r["quantizers"]
+        for r in best_runs(records, width)
+        if r["seed"] == SEEDS[0] and "quantizers" in r
+    }
+    if not found:
+        return []
+    kinds = ("linear", "conv", "scan")
+    head = ["method", *(f"{kind}: SQNR, clipped, code entropy" for kind in kinds), "weights: SQNR"]
+    shown = []
+    for key in sorted(found, key=lambda key: -found[key]["linear"]["sqnr"]):
+        parts = [found[key].get(kind) for kind in kinds]
+        cells = [_digits(part) if part else "" for part in parts]
+        weights = found[key]["weights"]
+        told = f"{weights['sqnr']:.1f} dB"
+        if "threshold_movement" in weights:
+            told += f", thresholds moved by {weights['threshold_movement']:.3f} steps"
+        shown.append([METHODS[key].label, *cells, told])
+    return [f"### What the quantizers do, {width} bits", "", *markdown_table(head, shown), ""]
+
+
+def _layers(records: Records, entries: Records, width: int) -> list[str]:
+    """The quantizers one by one, of the default and of the best rival, first seed."""
+    rivals = [key for key in table(entries, width) if not METHODS[key].ours]
+    found = {
+        r["method"]: {(row["layer"], row["kind"]): row for row in r["layers"]}
+        for r in best_runs(records, width)
+        if r["seed"] == SEEDS[0] and "layers" in r and r["method"] in (DEFAULT, *rivals[:1])
+    }
+    if len(found) < 2:
+        return []
+    ours, other = found[DEFAULT], found[rivals[0]]
+    shown = [
+        [
+            layer if kind in layer else f"{layer}, {kind}",
+            *(_digits(row) for row in (ours[layer, kind], other[layer, kind])),
+        ]
+        for layer, kind in ours
+        if (layer, kind) in other
+    ]
+    higher = sum(row["sqnr"] > other[key]["sqnr"] for key, row in ours.items() if key in other)
+    labels = [METHODS[key].label for key in (DEFAULT, rivals[0])]
+    head = ["layer that reads it", *(f"{name}: SQNR, clipped, code entropy" for name in labels)]
+    return [
+        f"Layer by layer, {labels[0]} has the higher SQNR before {higher} of {len(shown)} readers, "
+        f"the best rival, {labels[1]}, before the others.",
+        "",
+        "<details><summary>all layers</summary>",
+        "",
+        *markdown_table(head, shown),
+        "",
+        "</details>",
+        "",
+    ]
+
+
+def _digits(row: Mapping[str, float]) -> str:
+    return f"{row['sqnr']:.1f} dB, {100 * row['clipped']:.1f} %, {row['entropy']:.2f} bits"
