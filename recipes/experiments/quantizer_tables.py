@@ -45,16 +45,21 @@ def _kinds(records: Records, width: int) -> list[str]:
 
 
 def _layers(records: Records, entries: Records, width: int) -> list[str]:
-    """The quantizers one by one, of the default and of the best rival, first seed."""
+    """The quantizers one by one, of the default and of the best rival, on one seed of both."""
     rivals = [key for key in table(entries, width) if not METHODS[key].ours]
     found = {
-        r["method"]: {(row["layer"], row["kind"]): row for row in r["layers"]}
+        (r["method"], r["seed"]): {(row["layer"], row["kind"]): row for row in r["layers"]}
         for r in best_runs(records, width)
-        if r["seed"] == SEEDS[0] and "layers" in r and r["method"] in (DEFAULT, *rivals[:1])
+        if "layers" in r
     }
-    if len(found) < 2:
+    pairs = [
+        (found[DEFAULT, seed], found[rivals[0], seed])
+        for seed in SEEDS
+        if rivals and {(DEFAULT, seed), (rivals[0], seed)} <= found.keys()
+    ]
+    if not pairs:
         return []
-    ours, other = found[DEFAULT], found[rivals[0]]
+    ours, other = pairs[0]
     shown = [
         [
             layer if kind in layer else f"{layer}, {kind}",
