@@ -72,8 +72,8 @@ def _layers(records: Records, entries: Records, width: int) -> list[str]:
     labels = [METHODS[key].label for key in (DEFAULT, rivals[0])]
     head = ["layer that reads it", *(f"{name}: SQNR, clipped, code entropy" for name in labels)]
     return [
-        f"Layer by layer, {labels[0]} has the higher SQNR before {higher} of {len(shown)} readers, "
-        f"the best rival, {labels[1]}, before the others.",
+        f"Of {len(shown)} quantized inputs, {labels[0]} has the higher SQNR at {higher}, the best "
+        f"rival, {labels[1]}, at the others.",
         "",
         "<details><summary>all layers</summary>",
         "",

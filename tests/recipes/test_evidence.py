@@ -273,7 +273,7 @@ def test_layers_are_compared_with_the_best_rival(tmp_path: Path):
             {"layer": "body.1, B of the scan", "kind": "scan", "sqnr": 9.0 - gain, **row},
         ]
     text = _page(records, tmp_path)
-    assert "DLS + RFA has the higher SQNR before 1 of 2 readers" in text
+    assert "Of 2 quantized inputs, DLS + RFA has the higher SQNR at 1, the best rival" in text
     rival = f"{METHODS[best].label}: SQNR, clipped, code entropy"
     assert f"| layer that reads it | DLS + RFA: SQNR, clipped, code entropy | {rival} |" in text
     assert "| body.0, conv | 8.0 dB, 3.1 %, 1.50 bits | 7.0 dB, 3.1 %, 1.50 bits |" in text
