@@ -134,7 +134,7 @@ def _keep_models(opened: OpenBench, records: Sequence[Record], folder: Path) -> 
     for record in [record for width in WIDTHS for record in best_runs(records, width)]:
         if record["method"] not in KEPT or record["seed"] != SEEDS[0]:
             continue
-        run = Run(**{key: record[key] for key in Run.__dataclass_fields__})
+        run = Run.of(record)
         source = model_folder(opened, Job(BENCH, run))
         if source.is_dir():
             target = folder / f"{run.method}-w{run.weight_bits}a{run.act_bits}"

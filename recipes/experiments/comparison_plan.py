@@ -49,7 +49,7 @@ def stages(
 
 def missing_runs(records: Records, iterations: int) -> tuple[dict[str, list[Run]], int]:
     """Runs of the plan that have no record, by stage, and how many runs the plan has."""
-    known = {Run(**{key: r[key] for key in Run.__dataclass_fields__}).name for r in records}
+    known = {Run.of(r).name for r in records}
     planned: set[str] = set()
     left = {}
     for label, runs in stages(lambda: records, iterations):

@@ -60,15 +60,15 @@ def _layers(records: Records, entries: Records, width: int) -> list[str]:
     if not pairs:
         return []
     ours, other = pairs[0]
+    shared = [key for key in ours if key in other]
     shown = [
         [
             layer if kind in layer else f"{layer}, {kind}",
-            *(_digits(row) for row in (ours[layer, kind], other[layer, kind])),
+            *(_digits(side[layer, kind]) for side in (ours, other)),
         ]
-        for layer, kind in ours
-        if (layer, kind) in other
+        for layer, kind in shared
     ]
-    higher = sum(row["sqnr"] > other[key]["sqnr"] for key, row in ours.items() if key in other)
+    higher = sum(ours[key]["sqnr"] > other[key]["sqnr"] for key in shared)
     labels = [METHODS[key].label for key in (DEFAULT, rivals[0])]
     head = ["layer that reads it", *(f"{name}: SQNR, clipped, code entropy" for name in labels)]
     return [

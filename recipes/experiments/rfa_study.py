@@ -110,8 +110,7 @@ def _pairs(records: Records) -> list[str]:
         scores: dict[str, dict[str, float]] = {with_rfa: {}, without: {}}
         for r in records:
             if r["method"] in scores and not r["settings"]:
-                run = Run(**{key: r[key] for key in Run.__dataclass_fields__})
-                scores[r["method"]][replace(run, method="").name] = mean_score(r)
+                scores[r["method"]][replace(Run.of(r), method="").name] = mean_score(r)
         shared = scores[with_rfa].keys() & scores[without].keys()
         gains = [scores[with_rfa][key] - scores[without][key] for key in sorted(shared)]
         if len(gains) > 1:

@@ -7,7 +7,7 @@ repeated.
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Run:
     batch: int = 4
     patch: int = 32
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Run":
+        """The run that a record is of."""
+        return cls(**{key: record[key] for key in cls.__dataclass_fields__})
 
     @property
     def name(self) -> str:
